@@ -1,0 +1,39 @@
+"""Group-wise sparse, explainable adversarial attacks in JAX.
+
+`gse_jax.attack(params, apply_fn, x, y)` attacks; `metrics` measures; `models` and `data` bring real
+classifiers and images; `report` draws. The rooms are loaded when first used: importing gse_jax
+loads jax and numpy only.
+"""
+
+import importlib
+
+from gse_jax.attacks import GSEHyperparams, GSESettings, attack, preset
+from gse_jax.types import AttackResult, Status
+
+__version__ = "0.1.0"
+
+_ROOMS = ("data", "metrics", "models", "ops", "report")
+
+__all__ = [
+    "AttackResult",
+    "GSEHyperparams",
+    "GSESettings",
+    "Status",
+    "attack",
+    "data",
+    "metrics",
+    "models",
+    "ops",
+    "preset",
+    "report",
+]
+
+
+def __getattr__(name):
+    if name in _ROOMS:
+        return importlib.import_module(f"gse_jax.{name}")
+    raise AttributeError(f"module 'gse_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_ROOMS])

@@ -1,0 +1,8 @@
+"""(model function, images) -> adversarials: the attacks, and the engine that runs them."""
+
+from gse_jax.attacks.api import attack
+from gse_jax.attacks.gse import GSEHyperparams, GSESettings
+from gse_jax.attacks.registry import METHODS, preset
+from gse_jax.attacks.runner import Progress
+
+__all__ = ["METHODS", "GSEHyperparams", "GSESettings", "Progress", "attack", "preset"]

@@ -1,0 +1,99 @@
+"""What an attack is to the engine: a state machine for one image.
+
+An attack writes its mathematics for **one** image as `init, query, loss, step, done, finish`. The
+engine (`lanes.py`) maps it over lanes, calls the model once per iteration for all of them, and
+knows nothing else about it. Adding an attack is one file with a `Method` and one registry line.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+
+class Sample(NamedTuple):
+    """One image to attack. In a queue every field has a leading axis.
+
+    Attributes:
+        x: [H, W, C] clean image in the caller's bounds.
+        y: [] int32 true label.
+        target: [] int32 target class; -1 in an untargeted attack.
+        sample_id: [] int32 position in the caller's batch; `NO_SAMPLE` marks an empty place.
+    """
+
+    x: jax.Array  # [H, W, C] float
+    y: jax.Array  # [] i32
+    target: jax.Array  # [] i32
+    sample_id: jax.Array  # [] i32
+
+
+NO_SAMPLE = -1
+
+
+class Evaluation(NamedTuple):
+    """What the model said about the point an attack asked for.
+
+    Attributes:
+        logits: [K].
+        loss: [] the attack's own loss of these logits.
+        gradient: [H, W, C] gradient of the loss at the point.
+    """
+
+    logits: jax.Array  # [K] float
+    loss: jax.Array  # [] float
+    gradient: jax.Array  # [H, W, C] float
+
+
+class Outcome(NamedTuple):
+    """The per-image part of an `AttackResult`, same names and meanings."""
+
+    adversarials: jax.Array  # [H, W, C] float
+    success: jax.Array  # [] bool
+    status: jax.Array  # [] i32
+    gradient_evals: jax.Array  # [] i32
+    forward_evals: jax.Array  # [] i32
+    tradeoff: jax.Array  # [] float
+
+
+class Algorithm(NamedTuple):
+    """An attack with its configuration bound; every function is for one image and pure.
+
+    Attributes:
+        init: sample -> state. No model call.
+        query: state -> point [H, W, C] in the caller's bounds at which the model is evaluated next.
+        loss: (state, logits) -> [] whose gradient at the point `step` receives.
+        step: (state, evaluation) -> state. Keeps tree, shapes and dtypes.
+        done: state -> [] bool. Once True it stays True.
+        finish: state -> outcome.
+    """
+
+    init: Callable[[Sample], Any]
+    query: Callable[[Any], jax.Array]
+    loss: Callable[[Any, jax.Array], jax.Array]
+    step: Callable[[Any, Evaluation], Any]
+    done: Callable[[Any], jax.Array]
+    finish: Callable[[Any], Outcome]
+
+
+class Bind(Protocol):
+    """Signature of `Method.bind`."""
+
+    def __call__(self, settings: Any, hyperparams: Any, *, targeted: bool,
+                 bounds: tuple[float, float], key: jax.Array | None) -> Algorithm:
+        """Return the attack with its configuration bound; called inside the trace."""
+
+
+class Method(NamedTuple):
+    """One row of the registry.
+
+    Attributes:
+        bind: see `Bind`. `hyperparams` may be traced, everything else is static but `key`.
+        preset: (domain, targeted) -> (settings, hyperparams); raises ValueError for a domain that
+            it does not know.
+        check: (settings, hyperparams, image_shape) -> None; raises ValueError in one line for a
+            configuration that cannot run on images of that shape.
+    """
+
+    bind: Bind
+    preset: Callable[[str, bool], tuple[Any, Any]]
+    check: Callable[[Any, Any, tuple[int, int, int]], None]

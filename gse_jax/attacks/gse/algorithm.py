@@ -1,0 +1,169 @@
+"""GSE as a state machine for one image: `Algorithm` of the lane engine.
+
+One evaluation per iteration: the prediction that decides whether an iterate is adversarial is the
+forward pass of the gradient of the next iteration. The gradient at w = 0 is taken once per image
+and serves the first iteration of every run.
+
+References:
+    arXiv 2311.17434, algorithms 1 and 2.
+
+Differs from the reference:
+    The published code evaluates the model twice per iteration, the clean gradient once per run, and
+    iterates runs that cannot move (`search.skip_dead_runs`). The results agree.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample
+from gse_jax.attacks.gse import settings as configuration
+from gse_jax.attacks.gse.nesterov import Iterate, iterate, start_run
+from gse_jax.attacks.gse.search import (
+    Search,
+    run_ended,
+    skip_dead_runs,
+    start_search,
+    step_size_of,
+)
+from gse_jax.ops import count_patches, is_adversarial, largest_active_tradeoff, margin_loss
+from gse_jax.types import Status
+
+RUNNING = -1  # status of an image that is being worked on
+_UNBEATEN = jnp.iinfo(jnp.int32).max  # patches of an image without any success
+
+
+class GSEState(NamedTuple):
+    """State of one image.
+
+    Fixed:
+        sample: the image and its labels.
+        clean_gradient: [H, W, C] gradient of the margin at w = 0; zero before the first evaluation.
+    Changing:
+        iterate: variables of the current run.
+        search: where the search over runs stands.
+    Best so far:
+        best: [H, W, C] adversarial image with the fewest patches; the clean image before that.
+        best_patches: [] int32 its d_{2,0}.
+        best_tradeoff: [] initial trade-off of the run that found it, 0 before that.
+    Bookkeeping:
+        status: [] int32 a `Status`, or RUNNING.
+        evals: [] int32 evaluations so far, 0 until the clean image was evaluated.
+    """
+
+    sample: Sample  # one image
+    clean_gradient: jax.Array  # [H, W, C] float
+    iterate: Iterate  # one run
+    search: Search  # scalars
+    best: jax.Array  # [H, W, C] float
+    best_patches: jax.Array  # [] i32
+    best_tradeoff: jax.Array  # [] float
+    status: jax.Array  # [] i32
+    evals: jax.Array  # [] i32
+
+
+def _init(sample: Sample) -> GSEState:
+    zero = jnp.zeros((), sample.x.dtype)
+    return GSEState(
+        sample=sample,
+        clean_gradient=jnp.zeros_like(sample.x),
+        iterate=start_run(sample.x.shape, zero),
+        search=start_search(zero),
+        best=sample.x,
+        best_patches=jnp.asarray(_UNBEATEN, jnp.int32),
+        best_tradeoff=zero,
+        status=jnp.asarray(RUNNING, jnp.int32),
+        evals=jnp.zeros((), jnp.int32),
+    )
+
+
+def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
+    """Return GSE with its configuration bound.
+
+    Args:
+        settings: GSESettings.
+        hyperparams: GSEHyperparams, leaves may be traced.
+        targeted: direction of the attack.
+        bounds: (lowest, highest) pixel value.
+        key: unused; GSE is deterministic.
+
+    Returns:
+        Algorithm.
+    """
+    del key  # Unused.
+    low, high = bounds
+    # All constants of the paper assume images of range width 2; w is kept in those units.
+    scale = 0.5 * (high - low)
+
+    def point(state: GSEState):
+        return jnp.clip(state.sample.x + scale * state.iterate.w, low, high)
+
+    def wanted(sample: Sample):
+        return sample.target if targeted else sample.y
+
+    def loss(state: GSEState, logits):
+        return margin_loss(logits, wanted(state.sample), targeted=targeted)
+
+    def step(state: GSEState, evaluation: Evaluation) -> GSEState:
+        x = state.sample.x
+        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
+        gradient = evaluation.gradient * scale
+        adversarial = is_adversarial(evaluation.logits, wanted(state.sample), targeted=targeted)
+        finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(gradient))
+        finite &= jnp.all(jnp.isfinite(evaluation.logits))
+
+        clean = state.evals == 0
+        clean_gradient = jnp.where(clean, gradient, state.clean_gradient)
+
+        # How did the run end, if it did?
+        succeeded = ~clean & adversarial & finite
+        failed = ~clean & ~succeeded & (state.iterate.step == settings.max_steps)
+        patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)
+        better = succeeded & (patches < state.best_patches)
+        first = start_search(params.initial_fraction
+                             * largest_active_tradeoff(clean_gradient, params.step_size))
+        ended = _select(clean, first, run_ended(state.search, succeeded))
+        begin = clean | succeeded | failed
+        search = _select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings,
+                                               params), state.search)
+        over = search.run >= settings.num_runs
+
+        # Iteration k of the current run, or iteration 0 of the next one from the clean gradient.
+        now = _select(begin, start_run(x.shape, search.tradeoff), state.iterate)
+        moved = iterate(now, jnp.where(begin, clean_gradient, gradient),
+                        (low - x) / scale, (high - x) / scale, start=search.tradeoff,
+                        step_size=step_size_of(search, settings, params),
+                        settings=settings, hyperparams=params)
+
+        found = search.found
+        verdict = jnp.where(over, jnp.where(found, Status.FOUND, Status.NOT_FOUND), RUNNING)
+        verdict = jnp.where(clean & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)
+        # A success found earlier is true whatever the model says elsewhere.
+        verdict = jnp.where(finite, verdict, jnp.where(state.search.found, Status.FOUND,
+                                                       Status.NON_FINITE))
+        return GSEState(
+            sample=state.sample,
+            clean_gradient=clean_gradient,
+            iterate=moved,
+            search=search,
+            best=jnp.where(better, point(state), state.best),
+            best_patches=jnp.where(better, patches, state.best_patches),
+            best_tradeoff=jnp.where(better, state.search.tradeoff, state.best_tradeoff),
+            status=verdict.astype(jnp.int32),
+            evals=state.evals + 1,
+        )
+
+    def finish(state: GSEState) -> Outcome:
+        success = (state.status == Status.FOUND) | (state.status == Status.ALREADY_MISCLASSIFIED)
+        return Outcome(state.best, success, state.status, state.evals, state.evals,
+                       state.best_tradeoff)
+
+    return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish)
+
+
+def _select(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+GSE = Method(bind=bind, preset=configuration.preset, check=configuration.check)

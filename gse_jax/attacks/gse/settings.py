@@ -1,0 +1,120 @@
+"""Settings, hyperparameters and presets of GSE.
+
+References:
+    arXiv 2311.17434, section 5.1 and appendix (hyperparameters).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class GSESettings:
+    """Static configuration of GSE; a change compiles anew.
+
+    Attributes:
+        num_runs: runs of the search over the initial trade-off, >= 1.
+        max_steps: iterations of one run at most, >= 1.
+        phase1_steps: iterations with the quasinorm prox before the support is frozen (k-hat),
+            >= 0.
+        num_boosted_runs: the last runs, in which an image without any success so far takes
+            larger steps (`Hyperparams.boost`).
+        blur_size: taps of the Gaussian that spreads perturbed pixels, odd.
+        patch_size: side of the patches of d_{2,0}, by which runs are compared, in pixels.
+    """
+
+    num_runs: int = 10
+    max_steps: int = 200
+    phase1_steps: int = 30
+    num_boosted_runs: int = 2
+    blur_size: int = 5
+    patch_size: int = 8
+
+
+class GSEHyperparams(NamedTuple):
+    """Traced configuration of GSE; floats or arrays [], free to sweep without compiling anew.
+
+    All are in the units of images of range width 2, whatever the caller's `bounds`.
+
+    Attributes:
+        mu: weight of the squared l2 norm, >= 0.
+        step_size: sigma, > 0.
+        q: trade-off reduction factor, in (0, 1): a pixel far from the perturbation has its
+            trade-off divided by q.
+        blur_sigma: standard deviation of the blur, in pixels, > 0.
+        initial_fraction: first trade-off as a fraction of the largest one that moves any pixel.
+        boost: factor on `step_size` in the last runs of an image without success.
+    """
+
+    mu: float = 1.0  # [] float
+    step_size: float = 0.005  # [] float
+    q: float = 0.25  # [] float
+    blur_sigma: float = 1.5  # [] float
+    initial_fraction: float = 0.01  # [] float
+    boost: float = 10.0  # [] float
+
+
+# domain -> targeted -> (settings, hyperparams); numbers from the paper's published configuration.
+_CIFAR10 = GSEHyperparams(mu=1.0, step_size=0.005, q=0.25)
+_IMAGENET = GSEHyperparams(mu=0.1, step_size=0.05, q=0.9)
+_IMAGENET_ROBUST = GSEHyperparams(mu=0.0005, step_size=0.75, q=0.9)
+PRESETS = {
+    "cifar10": {False: (GSESettings(phase1_steps=30), _CIFAR10),
+                True: (GSESettings(phase1_steps=50), _CIFAR10)},
+    "imagenet": {False: (GSESettings(phase1_steps=50), _IMAGENET),
+                 True: (GSESettings(phase1_steps=50), _IMAGENET)},
+    "imagenet_robust": {False: (GSESettings(phase1_steps=150), _IMAGENET_ROBUST),
+                        True: (GSESettings(phase1_steps=150), _IMAGENET_ROBUST)},
+}
+
+
+def preset(domain: str, targeted: bool) -> tuple[GSESettings, GSEHyperparams]:
+    """Return the paper's configuration.
+
+    Args:
+        domain: "cifar10", "imagenet" (also NIPS2017), or "imagenet_robust" (adversarially trained
+            ResNet-50, l2, eps = 3).
+        targeted: direction of the attack.
+
+    Returns:
+        (settings, hyperparams).
+
+    Raises:
+        ValueError: for an unknown domain.
+    """
+    if domain not in PRESETS:
+        raise ValueError(f"domain={domain!r} has no preset for method 'gse'; "
+                         f"use one of {', '.join(map(repr, PRESETS))}")
+    return PRESETS[domain][bool(targeted)]
+
+
+def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> None:
+    """Refuse a configuration that cannot run on images [H, W, C].
+
+    Args:
+        settings: static configuration.
+        hyperparams: traced configuration.
+        image_shape: (H, W, C).
+
+    Raises:
+        TypeError: if either is not of GSE's own type.
+        ValueError: in one line, naming the field, what came and what was expected.
+    """
+    if not isinstance(settings, GSESettings):
+        raise TypeError(f"settings must be a GSESettings, got {type(settings).__name__}; "
+                        "start from gse_jax.preset('gse', 'cifar10', targeted=False)")
+    if not isinstance(hyperparams, GSEHyperparams):
+        raise TypeError(f"hyperparams must be a GSEHyperparams, got {type(hyperparams).__name__}; "
+                        "start from gse_jax.preset('gse', 'cifar10', targeted=False)")
+    smallest = {"num_runs": 1, "max_steps": 1, "phase1_steps": 0, "num_boosted_runs": 0,
+                "blur_size": 1, "patch_size": 1}
+    for name, low in smallest.items():
+        if getattr(settings, name) < low:
+            raise ValueError(f"settings.{name}={getattr(settings, name)} must be >= {low}")
+    side = min(image_shape[:2])
+    if settings.blur_size % 2 == 0 or settings.blur_size // 2 >= side:
+        raise ValueError(f"settings.blur_size={settings.blur_size} must be odd and at most "
+                         f"{2 * side - 1} for images of {image_shape[0]}x{image_shape[1]} pixels")
+    if settings.patch_size > side:
+        raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
+                         f"{image_shape[0]}x{image_shape[1]} pixels; use at most {side}")

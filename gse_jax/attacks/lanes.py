@@ -1,0 +1,186 @@
+"""The lane scheduler: a fixed number of lanes drains a queue of images. Knows no attack.
+
+Images need between 1 and 2,000 evaluations; a fixed batch would wait for its slowest image. Here
+each iteration makes one model call for all lanes; a lane whose image is finished writes its outcome
+to preallocated storage and takes the next image of the queue before the next call. Nothing in the
+shapes depends on the data, so one compiled program serves any number of images.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gse_jax.attacks.algorithm import NO_SAMPLE, Algorithm, Evaluation, Outcome, Sample
+from gse_jax.attacks.loops import while_loop
+
+
+class LanesState(NamedTuple):
+    """What is being worked on.
+
+    Attributes:
+        attack: pytree, every leaf with leading axis L; the attack's state in each lane.
+        sample_id: [L] int32; which sample a lane works on, NO_SAMPLE where it is idle.
+    """
+
+    attack: Any  # [L, ...]
+    sample_id: jax.Array  # [L] i32
+
+
+class Queue(NamedTuple):
+    """What waits.
+
+    Attributes:
+        samples: Sample with leading axis Q.
+        begin: [1] int32; first sample not yet taken. (One element, not a scalar, so that the
+            queues of several devices concatenate.)
+        end: [1] int32; one past the last sample; places from there on are padding.
+    """
+
+    samples: Sample  # [Q, ...]
+    begin: jax.Array  # [1] i32
+    end: jax.Array  # [1] i32
+
+
+class Finished(NamedTuple):
+    """What is done.
+
+    Attributes:
+        outcome: Outcome with leading axis F.
+        sample_id: [F] int32; NO_SAMPLE in places not yet written.
+        count: [1] int32; number of places written.
+    """
+
+    outcome: Outcome  # [F, ...]
+    sample_id: jax.Array  # [F] i32
+    count: jax.Array  # [1] i32
+
+
+class _Carry(NamedTuple):
+    lanes: LanesState
+    queue: Queue
+    finished: Finished
+    iteration: jax.Array  # [] i32
+
+
+def idle_lanes(algorithm: Algorithm, sample: Sample, num_lanes: int) -> LanesState:
+    """Return lanes without work; only shapes and dtypes of `sample` matter.
+
+    Args:
+        algorithm: the attack.
+        sample: one sample, or shapes of one.
+        num_lanes: L.
+
+    Returns:
+        L idle lanes, as NumPy arrays of zeros.
+    """
+    state = jax.eval_shape(algorithm.init, sample)
+    zeros = jax.tree.map(lambda a: np.zeros((num_lanes, *a.shape), a.dtype), state)
+    return LanesState(zeros, np.full((num_lanes,), NO_SAMPLE, np.int32))
+
+
+def _empty_finished(algorithm: Algorithm, lanes: LanesState, capacity: int) -> Finished:
+    shapes = jax.eval_shape(jax.vmap(algorithm.finish), lanes.attack)
+    outcome = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape[1:]), a.dtype), shapes)
+    return Finished(outcome, jnp.full((capacity,), NO_SAMPLE, jnp.int32), jnp.zeros(1, jnp.int32))
+
+
+def evaluate(algorithm: Algorithm, logits_fn, states) -> Evaluation:
+    """Call the model once, forward and backward, at the points all lanes ask for.
+
+    Args:
+        algorithm: the attack.
+        logits_fn: [L, H, W, C] -> [L, K].
+        states: the attack's states, leading axis L.
+
+    Returns:
+        Evaluation with leading axis L.
+    """
+    points = jax.vmap(algorithm.query)(states)
+    logits, pullback = jax.vjp(logits_fn, points)
+
+    # The derivative of the loss by the logits is taken image by image; a NaN in one row cannot
+    # reach another through a sum over the batch.
+    def loss_of(logits, state):
+        return algorithm.loss(state, logits.astype(points.dtype))
+
+    loss, by_logits = jax.vmap(jax.value_and_grad(loss_of))(logits, states)
+    (gradient,) = pullback(by_logits)
+    return Evaluation(logits.astype(points.dtype), loss, gradient)
+
+
+def _exchange(algorithm: Algorithm, lanes, queue, finished):
+    """Store what is finished and give idle lanes the next samples."""
+    capacity, waiting = finished.sample_id.shape[0], queue.samples.sample_id.shape[0]
+    occupied = lanes.sample_id != NO_SAMPLE
+    over = occupied & jax.vmap(algorithm.done)(lanes.attack)
+    idle = ~occupied | over
+    row = finished.count + jnp.cumsum(over, dtype=jnp.int32) - 1
+    row = jnp.where(over, row, capacity)  # out of range: dropped
+    outcome = jax.vmap(algorithm.finish)(lanes.attack)
+    finished = Finished(
+        jax.tree.map(lambda store, new: store.at[row].set(new, mode="drop"),
+                     finished.outcome, outcome),
+        finished.sample_id.at[row].set(lanes.sample_id, mode="drop"),
+        finished.count + jnp.sum(over, dtype=jnp.int32),
+    )
+    place = queue.begin + jnp.cumsum(idle, dtype=jnp.int32) - 1
+    load = idle & (place < queue.end)
+    taken = jax.tree.map(lambda a: a[jnp.clip(place, 0, waiting - 1)], queue.samples)
+    fresh = jax.vmap(algorithm.init)(taken)
+
+    # An idle lane without a sample to load holds some sample's initial state, so that what it
+    # computes in vain stays finite.
+    def select(new, old):
+        return jnp.where(idle.reshape(idle.shape + (1,) * (new.ndim - 1)), new, old)
+
+    lanes = LanesState(
+        jax.tree.map(select, fresh, lanes.attack),
+        jnp.where(load, taken.sample_id, jnp.where(over, NO_SAMPLE, lanes.sample_id)),
+    )
+    begin = queue.begin + jnp.sum(load, dtype=jnp.int32)
+    return lanes, Queue(queue.samples, begin, queue.end), finished
+
+
+def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *, capacity: int,
+          max_iterations=None, loop=while_loop):
+    """Work until the queue is drained and every lane idle, or `max_iterations` are done.
+
+    Args:
+        algorithm: the attack.
+        evaluate_fn: states with leading axis L -> Evaluation with leading axis L.
+        lanes: L lanes, idle or half-way through an image.
+        queue: what waits; padding places must hold valid images.
+        capacity: F >= L + Q, places for outcomes.
+        max_iterations: [] int32 model calls at most; None for no bound.
+        loop: a driver of `loops.py`.
+
+    Returns:
+        (lanes, queue, finished, model_calls [1] int32); calling again with the first two goes on
+        exactly where this call stopped.
+    """
+
+    def exchange(lanes, queue, finished):
+        occupied = lanes.sample_id != NO_SAMPLE
+        over = occupied & jax.vmap(algorithm.done)(lanes.attack)
+        needed = jnp.any(over) | (jnp.any(~occupied) & (queue.begin[0] < queue.end[0]))
+        # Most iterations finish nothing; the stores and loads are then skipped altogether.
+        return lax.cond(needed, lambda *a: _exchange(algorithm, *a), lambda *a: a,
+                        lanes, queue, finished)
+
+    def keep_going(carry):
+        more = jnp.any(carry.lanes.sample_id != NO_SAMPLE)
+        return more if max_iterations is None else more & (carry.iteration < max_iterations)
+
+    def body(carry):
+        evaluation = evaluate_fn(carry.lanes.attack)
+        stepped = jax.vmap(algorithm.step)(carry.lanes.attack, evaluation)
+        lanes = LanesState(stepped, carry.lanes.sample_id)
+        return _Carry(*exchange(lanes, carry.queue, carry.finished), carry.iteration + 1)
+
+    finished = _empty_finished(algorithm, lanes, capacity)
+    carry = _Carry(*exchange(lanes, queue, finished), jnp.zeros((), jnp.int32))
+    carry = loop(keep_going, body, carry)
+    return carry.lanes, carry.queue, carry.finished, carry.iteration[None]

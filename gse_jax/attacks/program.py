@@ -1,0 +1,129 @@
+"""One attack on one model as a compiled program, cached so that later calls compile nothing."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
+from gse_jax.attacks.convolutions import canonical_convolutions
+from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
+from gse_jax.attacks.loops import while_loop
+from gse_jax.types import ApplyFn
+
+AXIS = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything static about an attack; hashable, the key of the compilation cache.
+
+    Attributes:
+        apply_fn: (params, x) -> logits.
+        bind: the method's `bind`.
+        settings: the method's static configuration.
+        targeted: direction.
+        bounds: (low, high).
+        rewrite_convolutions: see `convolutions.py`; on for CPU.
+    """
+
+    apply_fn: ApplyFn
+    bind: Bind
+    settings: Any
+    targeted: bool
+    bounds: tuple[float, float]
+    rewrite_convolutions: bool
+
+    def algorithm(self, hyperparams, key) -> Algorithm:
+        """Bind the attack to its hyperparameters (possibly traced)."""
+        return self.bind(self.settings, hyperparams, targeted=self.targeted, bounds=self.bounds,
+                         key=key)
+
+    def drain(self, params, hyperparams, key, lanes, queue, *, capacity, max_iterations=None,
+              loop=while_loop):
+        """Run `lanes.drain` for this attack and model; see there."""
+        algorithm = self.algorithm(hyperparams, key)
+
+        def evaluate_fn(params, states):
+            return evaluate(algorithm, functools.partial(self.apply_fn, params), states)
+
+        if self.rewrite_convolutions:
+            evaluate_fn = canonical_convolutions(evaluate_fn)
+        return drain(algorithm, functools.partial(evaluate_fn, params), lanes, queue,
+                     capacity=capacity, max_iterations=max_iterations, loop=loop)
+
+
+@functools.lru_cache(maxsize=32)
+def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
+    """Compile `program` for lanes and queues spread over a mesh.
+
+    There are no collectives in it: every device drains its own queue and stops by itself.
+
+    Args:
+        program: what to run.
+        mesh: one axis, `AXIS`.
+        capacity: places for outcomes per device.
+
+    Returns:
+        (params, hyperparams, key, lanes, queue, max_iterations) -> (lanes, queue, finished,
+        model_calls); lanes, queue and results are split over devices along axis 0, the rest is
+        replicated. `lanes` is donated.
+    """
+
+    def local(params, hyperparams, key, lanes, queue, max_iterations):
+        return program.drain(params, hyperparams, key, lanes, queue, capacity=capacity,
+                             max_iterations=max_iterations)
+
+    # check_vma=False: the caller's model may hold scans whose initial carry does not vary.
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+                           out_specs=P(AXIS), check_vma=False)
+    return jax.jit(spread, donate_argnums=3)
+
+
+@functools.lru_cache(maxsize=32)
+def in_graph(program: Program, num_lanes: int):
+    """Compile `program` as one function of all images, for use under the caller's transformations.
+
+    Args:
+        program: what to run.
+        num_lanes: lanes.
+
+    Returns:
+        (params, hyperparams, key, samples) -> Outcome with leading axis N, in order of the samples.
+    """
+    def run(params, hyperparams, key, samples: Sample):
+        count = samples.sample_id.shape[0]
+        one = jax.tree.map(lambda a: a[0], samples)
+        lanes = idle_lanes(program.algorithm(hyperparams, key), one, num_lanes)
+        queue = Queue(samples, np.zeros(1, np.int32), np.full(1, count, np.int32))
+        _, _, finished, _ = program.drain(params, hyperparams, key, lanes, queue, capacity=count)
+        return jax.tree.map(lambda a: a.at[finished.sample_id].set(a), finished.outcome)
+
+    return jax.jit(run)
+
+
+def make_mesh(devices) -> jax.sharding.Mesh:
+    """Return a one-axis mesh over `devices`.
+
+    Args:
+        devices: list of jax devices.
+
+    Returns:
+        Mesh with axis `AXIS`.
+    """
+    # Auto axes: with Explicit ones, inputs that are not yet placed are refused.
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def split(mesh) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is split over the mesh."""
+    return NamedSharding(mesh, P(AXIS))
+
+
+def replicate(mesh) -> NamedSharding:
+    """Return the sharding of arrays that every device of the mesh holds whole."""
+    return NamedSharding(mesh, P())

@@ -1,0 +1,200 @@
+"""Checks of what the caller passed, before anything compiles: one clear line each.
+
+Shapes and dtypes are always checked. Values are checked where they are known, that is not under the
+caller's own `jit` or `vmap`; there an impossible label makes the loss NaN and the image ends as
+`Status.NON_FINITE` instead of being "fooled".
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SMALLEST_SIDE = 8  # pixels: one patch of d_{2,0}
+
+
+def is_traced(*trees) -> bool:
+    """Tell whether any leaf is a tracer, or the caller is inside a `jit`.
+
+    Args:
+        *trees: pytrees.
+
+    Returns:
+        True where values cannot be looked at.
+    """
+    leaves = jax.tree.leaves(trees)
+    # Under jit even an operation on constants is staged: a model that closes over tracers shows.
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(()) + 0.0))
+
+
+def check_bounds(bounds) -> tuple[float, float]:
+    """Return `bounds` as two floats.
+
+    Args:
+        bounds: (lowest, highest) pixel value.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: unless low < high, both finite.
+    """
+    try:
+        low, high = (float(b) for b in bounds)
+    except (TypeError, ValueError):
+        raise ValueError(f"bounds must be two numbers (low, high), got {bounds!r}; "
+                         "e.g. bounds=(0., 1.)") from None
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(f"bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
+    return low, high
+
+
+def check_images(x, bounds) -> None:
+    """Refuse images that are not [N, H, W, C] floats inside `bounds`.
+
+    Args:
+        x: the images.
+        bounds: (low, high).
+
+    Raises:
+        TypeError: for a dtype other than float32 or float64.
+        ValueError: for a wrong shape, or values outside `bounds`.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [N, H, W, C], got shape {list(x.shape)}; "
+                         "add a batch axis with x[None] or a channel axis with x[..., None]")
+    if x.shape[3] not in (1, 3):
+        hint = "; this looks like NCHW: use x.transpose(0, 2, 3, 1)" if x.shape[1] in (1, 3) else ""
+        raise ValueError(f"x must have 1 or 3 channels last (NHWC), got shape {list(x.shape)}"
+                         f"{hint}")
+    if min(x.shape[1:3]) < SMALLEST_SIDE:
+        raise ValueError(f"x must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, "
+                         f"got shape {list(x.shape)}; resize the images")
+    if x.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}; for 8-bit images use "
+                        "x.astype('float32') / 255 with bounds=(0., 1.)")
+    if is_traced(x) or x.shape[0] == 0:
+        return
+    low, high = bounds
+    lowest, highest = float(jnp.min(x)), float(jnp.max(x))
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        first = int(np.argmax(~np.isfinite(np.asarray(x)).all(axis=(1, 2, 3))))
+        raise ValueError(f"x must be finite, image {first} holds NaN or infinite pixels; "
+                         "remove or repair it")
+    if lowest < low or highest > high:
+        raise ValueError(f"x must lie inside bounds=({low:g}, {high:g}), got values from "
+                         f"{lowest:.9g} to {highest:.9g}; pass the bounds of your images, and keep "
+                         "mean/std normalisation inside apply_fn")
+
+
+def check_labels(name, labels, num_images):
+    """Refuse labels that are not [N] integers.
+
+    Args:
+        name: "y" or "targets".
+        labels: the labels.
+        num_images: N.
+
+    Raises:
+        TypeError: for a dtype that is not an integer.
+        ValueError: for a wrong shape.
+    """
+    if labels.ndim == 2:
+        raise ValueError(f"{name} must be class indices [N], got shape {list(labels.shape)}; "
+                         f"for one-hot labels use {name}.argmax(-1)")
+    if labels.shape != (num_images,):
+        raise ValueError(f"{name} must have one entry per image, got shape {list(labels.shape)} "
+                         f"for {num_images} images")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integer class indices, got {labels.dtype}; "
+                        f"use {name}.astype('int32')")
+
+
+def check_model(params, apply_fn, x) -> int:
+    """Refuse a model that does not map [N, H, W, C] to [N, classes]; nothing is computed.
+
+    Args:
+        params: the model's parameters.
+        apply_fn: (params, x) -> logits.
+        x: the images (their values are not used).
+
+    Returns:
+        Number of classes.
+
+    Raises:
+        TypeError: if `apply_fn` is not callable, or returns something other than one float array.
+        ValueError: if the result is not [N, classes] with at least two classes.
+    """
+    if not callable(apply_fn):
+        raise TypeError(f"apply_fn must be a function (params, x) -> logits, got "
+                        f"{type(apply_fn).__name__}; the order is attack(params, apply_fn, x, y)")
+    batch = 3  # neither 1 nor 2: a model that drops or mixes the batch axis shows
+    probe = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    try:
+        out = jax.eval_shape(apply_fn, params, probe)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"apply_fn(params, x) failed for x of shape {list(probe.shape)} "
+                         f"{probe.dtype}: {type(error).__name__}: {reason}") from error
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(f"apply_fn must return logits [N, classes], got a {type(out).__name__}; "
+                        "return the logits alone, e.g. lambda p, x: model(p, x)[0]")
+    if len(out.shape) != 2 or out.shape[0] != batch or out.shape[1] < 2:
+        raise ValueError(f"apply_fn must return logits [N, classes], got shape {list(out.shape)} "
+                         f"for {batch} images")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"apply_fn must return float logits, got {out.dtype}; return the scores "
+                        "before argmax")
+    return out.shape[1]
+
+
+def check_label_values(name, labels, num_classes) -> None:
+    """Refuse class indices outside the model's range.
+
+    Args:
+        name: "y" or "targets".
+        labels: [N] int.
+        num_classes: K.
+
+    Raises:
+        ValueError: if any is outside [0, K).
+    """
+    if is_traced(labels) or labels.shape[0] == 0:
+        return
+    wrong = np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= num_classes))
+    if wrong.size:
+        raise ValueError(f"{name} must lie in [0, {num_classes - 1}] for a model with "
+                         f"{num_classes} classes, got {int(labels[int(wrong[0])])} at image "
+                         f"{int(wrong[0])}")
+
+
+def check_targets_differ(y, targets) -> None:
+    """Refuse a target that is the true label.
+
+    Args:
+        y: [N] true labels.
+        targets: [N] targets.
+
+    Raises:
+        ValueError: if any target equals its label.
+    """
+    if is_traced(y, targets):
+        return
+    same = np.flatnonzero(np.asarray(y) == np.asarray(targets))
+    if same.size:
+        raise ValueError(f"targets must differ from y, image {int(same[0])} has both = "
+                         f"{int(y[int(same[0])])}; e.g. targets=(y + 1) % num_classes")
+
+
+def check_lanes(lanes) -> None:
+    """Refuse a lane count that is not a positive integer.
+
+    Args:
+        lanes: None or int.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if lanes is None:
+        return
+    if isinstance(lanes, bool) or not isinstance(lanes, (int, np.integer)) or lanes < 1:
+        raise ValueError(f"lanes must be a positive integer or None, got {lanes!r}")

@@ -1,0 +1,43 @@
+"""The Carlini-Wagner margin and the success test, for one image.
+
+References:
+    Carlini, Wagner, Towards evaluating the robustness of neural networks, arXiv 1608.04644,
+    section V-A, f6 with kappa = 0; arXiv 2311.17434, section 2.1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def margin_loss(logits, label, *, targeted):
+    """Return how far one image is from being adversarial, at least 0.
+
+    Args:
+        logits: [K] of one image.
+        label: [] int; the true label (untargeted) or the target (targeted).
+        targeted: bool; direction of the attack.
+
+    Returns:
+        [] untargeted `max(0, Z_y - max_{i != y} Z_i)`, targeted `max(0, max_{i != t} Z_i - Z_t)`.
+        NaN when `label` is not in [0, K): indexing would silently clamp it to a wrong class.
+    """
+    chosen = jnp.arange(logits.shape[0]) == label
+    own = jnp.sum(jnp.where(chosen, logits, 0.0))
+    other = jnp.max(jnp.where(chosen, -jnp.inf, logits))
+    margin = jax.nn.relu(other - own if targeted else own - other)
+    return jnp.where((label >= 0) & (label < logits.shape[0]), margin, jnp.nan)
+
+
+def is_adversarial(logits, label, *, targeted):
+    """Tell whether the predicted class of one image is what the attack wants.
+
+    Args:
+        logits: [K] of one image.
+        label: [] int; the true label (untargeted) or the target (targeted).
+        targeted: bool; direction of the attack.
+
+    Returns:
+        [] bool; False when any logit is NaN or infinite (argmax of NaN would "fool" any label).
+    """
+    hit = jnp.argmax(logits) == label
+    return jnp.all(jnp.isfinite(logits)) & (hit if targeted else ~hit)

@@ -1,0 +1,103 @@
+"""What lies around a pixel: dilation, Gaussian blur, and the patches that touch a mask. One image.
+
+All maps are separable and written as shifted sums: a convolution primitive would be slow inside
+XLA:CPU loops, and there are only a few taps.
+"""
+
+import jax.numpy as jnp
+
+
+def _require_window(name, size, height, width):
+    if size > min(height, width):
+        raise ValueError(f"{name}={size} is larger than the image of {height}x{width} pixels; "
+                         f"use {name} <= {min(height, width)}")
+
+
+def _running_any(mask, size, axis):
+    """Or over windows of `size` along `axis`, without padding, in log2(size) shifts."""
+    covered = 1
+    while covered < size:
+        shift = min(covered, size - covered)
+        length = mask.shape[axis] - shift
+        head = jnp.take(mask, jnp.arange(length), axis=axis)
+        tail = jnp.take(mask, jnp.arange(shift, length + shift), axis=axis)
+        mask = head | tail
+        covered += shift
+    return mask
+
+
+def dilate(mask, size):
+    """Mark every pixel whose `size` x `size` neighbourhood meets the mask.
+
+    Args:
+        mask: [H, W] bool.
+        size: odd int >= 1; side of the neighbourhood, centred at the pixel.
+
+    Returns:
+        [H, W] bool.
+    """
+    half = size // 2
+    padded = jnp.pad(mask, half)
+    return _running_any(_running_any(padded, size, 0), size, 1)
+
+
+def gaussian_kernel(size, sigma):
+    """Return `size` samples of a centred Gaussian that sum to 1.
+
+    Args:
+        size: odd int >= 1.
+        sigma: [] standard deviation in pixels, > 0; may be traced.
+
+    Returns:
+        [size] weights.
+    """
+    offsets = jnp.asarray([float(i - size // 2) for i in range(size)], jnp.result_type(sigma))
+    weights = jnp.exp(-0.5 * (offsets / sigma) ** 2)
+    return weights / jnp.sum(weights)
+
+
+def gaussian_blur(image, size, sigma):
+    """Blur one map with a separable Gaussian and reflect padding (the border pixel not repeated).
+
+    Args:
+        image: [H, W] float, H and W > size // 2.
+        size: odd int >= 1; taps per axis.
+        sigma: [] standard deviation in pixels, > 0; may be traced.
+
+    Returns:
+        [H, W] float.
+    """
+    _require_window("size", size // 2 + 1, *image.shape)
+    weights = gaussian_kernel(size, sigma)
+    half = size // 2
+    for axis in (0, 1):
+        pad = [(half, half) if a == axis else (0, 0) for a in (0, 1)]
+        padded = jnp.pad(image, pad, mode="reflect")
+        length = image.shape[axis]
+        image = sum(
+            weights[i] * (padded[i : i + length] if axis == 0 else padded[:, i : i + length])
+            for i in range(size)
+        )
+    return image
+
+
+def count_patches(mask, patch_size):
+    """Count the overlapping patches that contain a marked pixel: d_{2,0}.
+
+    Args:
+        mask: [H, W] bool.
+        patch_size: int, 1 <= patch_size <= min(H, W); side of the square patches, stride 1,
+            no padding.
+
+    Returns:
+        [] int32 in [0, (H - patch_size + 1) * (W - patch_size + 1)].
+
+    Raises:
+        ValueError: if a patch does not fit into the image.
+
+    References:
+        arXiv 2311.17434, section 4 (definition of d_{2,0}).
+    """
+    _require_window("patch_size", patch_size, *mask.shape)
+    touched = _running_any(_running_any(mask, patch_size, 0), patch_size, 1)
+    return jnp.sum(touched, dtype=jnp.int32)

@@ -1,0 +1,113 @@
+"""Proximal maps of |z|^p for p in {0, 1/2, 2/3, 1}, elementwise, value and gradient finite everywhere.
+
+Convention of this module: `prox(v) = argmin_z (z - v)^2 + tradeoff * |z|^p`, *without* a factor 1/2
+in front of the square, as the GSE paper writes it. In the more common convention the same map is
+the prox of `tradeoff / 2`.
+
+References:
+    Sadiku, Wagner, Pokutta, GSE, arXiv 2311.17434, section 2.2.
+    Xu, Chang, Xu, Zhang, L1/2 regularization, 2012, doi 10.1109/tnnls.2012.2197412 (p = 1/2).
+    Cao, Sun, Xu, Fast image deconvolution using closed-form thresholding formulas of Lq
+    (q = 1/2, 2/3) regularization, 2013, doi 10.1016/j.jvcir.2012.10.006.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+# Threshold of the 1/2-quasinorm: (54^(1/3) / 4) * tradeoff^(2/3), Xu et al. 2012, eq. (11).
+_HALF_THRESHOLD = 54.0 ** (1.0 / 3.0) / 4.0
+
+
+def half_quasinorm_threshold(tradeoff):
+    r"""Return the largest |v| that the 1/2-quasinorm prox maps to zero.
+
+    Args:
+        tradeoff: [...] weight of the quasinorm, >= 0.
+
+    Returns:
+        [...] `(54^(1/3) / 4) * tradeoff^(2/3)`.
+    """
+    root = jnp.cbrt(tradeoff)  # squared after the root: tradeoff^2 would overflow float32
+    return _HALF_THRESHOLD * root * root
+
+
+def half_quasinorm_prox(v, tradeoff):
+    r"""Solve argmin_z (z - v)^2 + tradeoff * |z|^(1/2), elementwise.
+
+    Args:
+        v: [...] real, any range.
+        tradeoff: broadcastable to `v`, >= 0.
+
+    Returns:
+        [...] the minimiser; 0 where |v| is at most the threshold (also at a tie).
+
+    References:
+        Xu et al. 2012, theorem 1; arXiv 2311.17434, eq. (4).
+    """
+    size = jnp.abs(v)
+    active = size > half_quasinorm_threshold(tradeoff)
+    # Double `where`: the unused branch must be finite too, or its NaN reaches the gradient.
+    safe_size = jnp.where(active, size, 1.0)
+    safe_tradeoff = jnp.where(active, tradeoff, 0.0)
+    inverse = 3.0 / safe_size
+    # (tradeoff / 8) * (|v| / 3)^(-3/2), multiplied in an order that cannot overflow;
+    # at most 1/sqrt(2) on the active set, so the arccos is smooth there.
+    cosine = (safe_tradeoff * 0.125 * inverse) * jnp.sqrt(inverse)
+    angle = 2.0 * math.pi / 3.0 - (2.0 / 3.0) * jnp.arccos(cosine)
+    return jnp.where(active, v * ((2.0 / 3.0) * (1.0 + jnp.cos(angle))), 0.0)
+
+
+def two_thirds_quasinorm_prox(v, tradeoff):
+    r"""Solve argmin_z (z - v)^2 + tradeoff * |z|^(2/3), elementwise.
+
+    Args:
+        v: [...] real, any range.
+        tradeoff: broadcastable to `v`, >= 0.
+
+    Returns:
+        [...] the minimiser; 0 where |v| <= (2/3) * (3 * tradeoff^3)^(1/4).
+
+    References:
+        Cao, Sun, Xu 2013, eq. (10).
+    """
+    size = jnp.abs(v)
+    # Thresholds below the dtype's own resolution of |v| change nothing but divide by zero.
+    positive = tradeoff > 0.0
+    quarter = jnp.sqrt(jnp.sqrt(jnp.where(positive, tradeoff, 1.0)))
+    threshold = (2.0 / 3.0) * 3.0**0.25 * quarter**3
+    active = positive & (size > threshold)
+    safe_size = jnp.where(active, size, threshold)
+    # In units of the threshold the problem has no scale left; beyond 1e12 thresholds the prox is v.
+    ratio = jnp.minimum(safe_size / threshold, 1e12)
+    phi = jnp.arccosh((0.75 * math.sqrt(3.0)) * ratio * ratio)
+    scale = (2.0 / math.sqrt(3.0)) * (1.5 / 3.0**0.25) ** (1.0 / 3.0)
+    a = scale * jnp.sqrt(jnp.cosh(phi / 3.0))
+    shrunk = ((a + jnp.sqrt(2.0 * ratio / a - a * a)) * 0.5) ** 3 / ratio
+    return jnp.where(active, v * shrunk, jnp.where(positive, 0.0, v))
+
+
+def soft_threshold(v, tradeoff):
+    r"""Solve argmin_z (z - v)^2 + tradeoff * |z|, elementwise.
+
+    Args:
+        v: [...] real, any range.
+        tradeoff: broadcastable to `v`, >= 0.
+
+    Returns:
+        [...] `sign(v) * max(|v| - tradeoff / 2, 0)`.
+    """
+    return jnp.where(jnp.abs(v) > 0.5 * tradeoff, v - 0.5 * tradeoff * jnp.sign(v), 0.0)
+
+
+def hard_threshold(v, tradeoff):
+    r"""Solve argmin_z (z - v)^2 + tradeoff * [z != 0], elementwise.
+
+    Args:
+        v: [...] real, any range.
+        tradeoff: broadcastable to `v`, >= 0.
+
+    Returns:
+        [...] `v` where v^2 > tradeoff, else 0.
+    """
+    return jnp.where(v * v > tradeoff, v, 0.0)
