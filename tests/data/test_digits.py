@@ -49,5 +49,5 @@ def test_limit_keeps_the_ids_of_the_images():
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="digits has no split 'validation', expected test or train"):
+    with pytest.raises(ValueError, match="digits has no split 'validation', expected"):
         data.load("digits:validation")

@@ -1,13 +1,13 @@
 """Make digits_logits.npz: what the shipped weights answer, computed without JAX, in float64.
 
-Run from the project's root: PYTHONPATH=. python tests/models/make_digits_logits.py
+Run from the project's root: python -m tests.models.make_digits_logits
 Made with numpy 2.4.6 and safetensors 0.8.0 from digits_resnet20.safetensors of sha256 ec370df4....
 """
 
 from pathlib import Path
 
 import numpy as np
-from numpy_resnet import forward
+from tests.models.numpy_resnet import forward
 from safetensors.numpy import load_file
 
 from gse_jax import data

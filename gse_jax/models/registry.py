@@ -1,0 +1,120 @@
+"""Model names -> loaders. A new architecture is one module file and one line in `_MODELS`."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gse_jax.models import resnet, weights_file
+from gse_jax.models.classifier import Classifier, expected_params, normalization
+
+# x in [0, 1] to [-1, 1]: what the embedded weights and the GSE authors' checkpoints were trained
+# with. Other public checkpoints often use ImageNet's mean and std, which the caller must state.
+DEFAULT_NORMALIZATION = (0.5, 0.5)
+
+
+class _Model(NamedTuple):
+    """One registry row: the module class, and how its config follows from a state dict."""
+
+    module: Callable[..., nnx.Module]
+    config: Callable[[Mapping[str, np.ndarray], str], Any]
+
+
+_MODELS = {
+    f"resnet{depth}": _Model(
+        resnet.CifarResNet, functools.partial(resnet.config_from_tensors, depth)
+    )
+    for depth in (20, 32, 44, 56)
+}
+
+# Word for `weights` -> (model name, file). Each file is made by gse_jax.models.train.
+_EMBEDDED = {"digits": ("resnet20", Path(__file__).parent / "weights/digits_resnet20.safetensors")}
+
+
+def names() -> tuple[str, ...]:
+    """Return the model names that `load` knows, sorted."""
+    return tuple(sorted(_MODELS))
+
+
+def load(
+    name: str, *, weights: str | os.PathLike, normalize: Any = None
+) -> tuple[Classifier, dict[Any, Any]]:
+    """Load a classifier as a pure function and its parameters.
+
+    Args:
+      name: A name from `names()`, for example "resnet20".
+      weights: A safetensors or npz file in PyTorch layout, or "digits" for the ResNet-20 that is
+        shipped with the package and classifies `gse_jax.data.load("digits")`. The file's shapes
+        decide the number of classes, the widths and the image channels.
+      normalize: `(mean, std)`, numbers or one number per channel, in the unit of the images; the
+        model computes `(x - mean) / std` itself. Default (0.5, 0.5), which suits "digits" and other
+        weights trained on [-1, 1] when `x` is in [0, 1]. Pass (0.0, 1.0) when `x` already is in
+        the range that the weights were trained with.
+
+    Returns:
+      `(apply_fn, params)`: `apply_fn(params, x [N, H, W, C]) -> logits [N, classes]` is a hashable
+      `Classifier` (see there for `features` and `head`); `params` is a nested dict of float32 JAX
+      arrays, to be cast with `jax.tree.map` where another precision is wanted.
+
+    Raises:
+      ValueError: If the name is unknown, or the file is damaged or of another architecture.
+      TypeError: If `normalize` is no pair of numbers.
+      FileNotFoundError: If there is no such weight file.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(names())}")
+    path = _weights_path(name, weights)
+    model, tensors = _MODELS[name], weights_file.read(path)
+    config = model.config(tensors, str(path))
+    _check_tensors(tensors, expected_params(model.module, config), f"{path} as {name}")
+    mean, std = normalization(
+        DEFAULT_NORMALIZATION if normalize is None else normalize, config.num_channels
+    )
+    params = jax.tree.map(jnp.asarray, weights_file.to_params(tensors))
+    return Classifier(model.module, config, mean, std), params
+
+
+def _weights_path(name: str, weights: str | os.PathLike) -> Path:
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights: got {type(weights).__name__}, expected a path or 'digits'")
+    if weights not in _EMBEDDED:
+        return Path(weights)
+    embedded_name, path = _EMBEDDED[weights]
+    if name != embedded_name:
+        raise ValueError(f"weights: {weights!r} is a {embedded_name}, got name={name!r}")
+    return path
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], expected: Any, source: str) -> None:
+    """Compare names and shapes with what the module needs; one line says all that is wrong."""
+    # Expected shapes are in Flax layout; broadcasting a scalar gives an array of that shape free of
+    # memory, which then takes the same road back to PyTorch layout as real parameters.
+    blank = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), expected)
+    shapes = {name: array.shape for name, array in weights_file.to_tensors(blank).items()}
+    missing = sorted(shapes.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - shapes.keys())
+    wrong = [
+        f"{name} {tensors[name].shape} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [
+        f"{what} {_listed(found)}"
+        for what, found in (("lacks", missing), ("has unknown", unexpected), ("has", wrong))
+        if found
+    ]
+    if any("shortcut" in key or "downsample" in key for key in unexpected):
+        problems.append("only parameter-free shortcuts (option A) are supported")
+    if problems:
+        raise ValueError(f"weights: {source}: {'; '.join(problems)}")
+
+
+def _listed(found: list[str]) -> str:
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
