@@ -7,7 +7,7 @@ wait in host memory, so device memory does not grow with their number. Nothing h
 time, so a run repeats itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -65,64 +65,70 @@ def default_lanes_per_device(platform: str, height: int, width: int) -> int:
 
 
 def _layout(num_images, lanes, image_shape):
-    """Choose (devices, lanes per device)."""
+    """Choose (devices, lanes per device); `num_images` None where it is not known."""
     devices = jax.local_devices()
-    if lanes is None:
+    if lanes is not None:
+        devices = devices[:lanes]
+        return devices, -(-lanes // len(devices))
+    width = default_lanes_per_device(devices[0].platform, *image_shape[:2])
+    if num_images is not None:
         devices = devices[:num_images]
-        width = default_lanes_per_device(devices[0].platform, *image_shape[:2])
         share = -(-num_images // len(devices))
         # A power of two, so that attacks on 40 and on 60 images share one program.
-        return devices, min(width, 1 << (share - 1).bit_length())
-    devices = devices[:lanes]
-    return devices, -(-lanes // len(devices))
+        width = min(width, 1 << (share - 1).bit_length())
+    return devices, width
 
 
 class _Dealer:
     """Deals waiting samples to the queues of the devices, evenly, and takes back what is left."""
 
-    def __init__(self, samples: Sample, num_devices: int, sharding):
-        self._samples = samples
+    def __init__(self, batches: Iterator[Sample], num_devices: int, sharding):
+        self._batches = batches
         self._devices = num_devices
         self._sharding = sharding
-        self._next = 0
-        self._dealt = [np.zeros(0, np.int32)] * num_devices  # sample ids per device
+        self.stock: list[Sample] = []  # single samples, views into the batches
+        self._dealt: list[list[Sample]] = [[] for _ in range(num_devices)]
+        self._padding: Sample | None = None
+
+    def fill(self, count: int) -> None:
+        """Pull batches until `count` samples are in stock or there are none left."""
+        while len(self.stock) < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            self.stock += [Sample(*(a[i] for a in batch)) for i in range(len(batch.sample_id))]
 
     def waiting(self, begin) -> list[int]:
         """Return how many dealt samples no lane has taken yet, per device."""
-        return [len(ids) - int(b) for ids, b in zip(self._dealt, begin)]
+        return [len(dealt) - int(b) for dealt, b in zip(self._dealt, begin)]
 
-    def left(self, begin) -> int:
-        """Return how many samples no lane has taken yet."""
-        return len(self._samples.y) - self._next + sum(self.waiting(begin))
-
-    def deal(self, begin, places: int) -> Queue:
-        """Return new queues of `places` per device with all samples that fit."""
-        returned = [ids[int(b):] for ids, b in zip(self._dealt, begin)]
-        room = self._devices * places - sum(map(len, returned))
-        fresh = np.arange(self._next, min(self._next + room, len(self._samples.y)), dtype=np.int32)
-        self._next += len(fresh)
-        ids = np.concatenate([*returned, fresh])
-        self._dealt = [ids[d::self._devices] for d in range(self._devices)]
-        # Padding repeats image 0: what idle lanes compute in vain stays finite.
-        index = np.zeros((self._devices, places), np.int32)
-        for row, dealt in zip(index, self._dealt):
-            row[:len(dealt)] = dealt
-        samples = jax.tree.map(lambda a: a[index.reshape(-1)], self._samples)
+    def deal(self, begin, places: int) -> tuple[Queue, int]:
+        """Return new queues of `places` per device, and the number of samples fresh from stock."""
+        returned = [s for dealt, b in zip(self._dealt, begin) for s in dealt[int(b):]]
+        room = self._devices * places - len(returned)
+        self.fill(room)
+        fresh, self.stock = self.stock[:room], self.stock[room:]
+        waiting = returned + fresh
+        self._dealt = [waiting[d::self._devices] for d in range(self._devices)]
+        # Padding repeats some image: what idle lanes compute in vain stays finite.
+        self._padding = waiting[0] if waiting else self._padding
+        rows = [s for dealt in self._dealt
+                for s in dealt + [self._padding] * (places - len(dealt))]
+        samples = Sample(*(np.stack(column) for column in zip(*rows)))
         ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
-        return jax.device_put(Queue(samples, np.zeros_like(ends), ends), self._sharding)
+        queue = Queue(samples, np.zeros_like(ends), ends)
+        return jax.device_put(queue, self._sharding), len(fresh)
 
 
-def _store(results: Outcome, finished) -> int:
-    """Copy finished outcomes into host memory; return their number."""
+def _collect(finished) -> tuple[np.ndarray, Outcome] | None:
+    """Copy finished outcomes into host memory: (sample ids, outcome)."""
     counts = np.asarray(finished.count)
     if not counts.any():
-        return 0
+        return None
     places = finished.sample_id.shape[0] // len(counts)
     rows = np.concatenate([d * places + np.arange(c) for d, c in enumerate(counts)])
-    ids = np.asarray(finished.sample_id)[rows]
-    for store, new in zip(results, finished.outcome):
-        store[ids] = np.asarray(new)[rows]
-    return len(ids)
+    return np.asarray(finished.sample_id)[rows], Outcome(*(np.asarray(a)[rows]
+                                                           for a in finished.outcome))
 
 
 def _repack(lanes: LanesState, width: int, num_devices: int, sharding) -> LanesState:
@@ -140,6 +146,83 @@ def _repack(lanes: LanesState, width: int, num_devices: int, sharding) -> LanesS
     return jax.device_put(LanesState(attack, ids), sharding)
 
 
+class Stretch(NamedTuple):
+    """What one bounded stretch of work brought.
+
+    Attributes:
+        sample_ids: [M] int32, the images that were finished, M >= 0.
+        outcome: Outcome of NumPy arrays with leading axis M.
+        lane_evals: gradient evaluations made in this stretch, those of idle lanes included.
+    """
+
+    sample_ids: np.ndarray  # [M] i32
+    outcome: Outcome  # [M, ...]
+    lane_evals: int
+
+
+def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample], *,
+           image_shape, dtype, lanes: int | None = None,
+           num_images: int | None = None) -> Iterator[Stretch]:
+    """Attack batches as they come; lanes stay full across the borders of batches.
+
+    Args:
+        program: attack and model.
+        params: the model's parameters.
+        hyperparams: the attack's hyperparameters, arrays [].
+        key: typed random key.
+        batches: Samples of NumPy arrays with a leading axis of any length, pulled as lanes fall
+            free; `sample_id` >= 0 and unique. No more than a few batches are in memory.
+        image_shape: (H, W, C).
+        dtype: of the images.
+        lanes: number of images worked on at a time over all devices, rounded up to a multiple of
+            their number; None for a default that suits the devices.
+        num_images: how many images will come, if known; fewer lanes for few images.
+
+    Yields:
+        Stretch, in the order in which images finish. Every image is in exactly one.
+    """
+    devices, width = _layout(num_images, lanes, image_shape)
+    mesh = make_mesh(devices)
+    sharding = split(mesh)
+    calls = max(2, _CALLS * 4096 // max(4096, image_shape[0] * image_shape[1]))
+    params, hyperparams, key, calls = jax.device_put((params, hyperparams, key, np.int32(calls)),
+                                                     replicate(mesh))
+    dealer = _Dealer(iter(batches), len(devices), sharding)
+    dealer.fill(1)
+    if not dealer.stock:
+        return
+    algorithm = program.algorithm(hyperparams, key)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    one = Sample(jax.ShapeDtypeStruct(tuple(image_shape), dtype), scalar, scalar, scalar)
+    state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
+    queue, unfinished = dealer.deal([0] * len(devices), 2 * width)
+    nothing = jax.eval_shape(jax.vmap(algorithm.finish), state.attack)
+    nothing = jax.tree.map(lambda a: np.zeros((0, *a.shape[1:]), a.dtype), nothing)
+    may_shrink = width >= _SMALLEST_WIDTH_THAT_SHRINKS
+    while unfinished:
+        advance = on_mesh(program, mesh, capacity=3 * width)
+        state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
+        ids, outcome = _collect(finished) or (np.zeros(0, np.int32), nothing)
+        unfinished -= len(ids)
+        yield Stretch(ids, outcome, width * int(np.asarray(made).sum()))
+        begin = np.asarray(queue.begin)
+        waiting = dealer.waiting(begin)
+        if min(waiting) == 0:
+            dealer.fill(1)
+        if min(waiting) == 0 and (dealer.stock or sum(waiting)):
+            queue, fresh = dealer.deal(begin, 2 * width)
+            unfinished += fresh
+        elif may_shrink and unfinished and not sum(waiting):
+            needed = -(-unfinished // len(devices))
+            narrow = width
+            while narrow // _SHRINK >= needed:
+                narrow //= _SHRINK
+            if narrow < width:
+                width = narrow
+                state = _repack(state, width, len(devices), sharding)
+                queue, _ = dealer.deal(begin, 2 * width)
+
+
 def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int | None,
         progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Attack all samples on all local devices.
@@ -150,53 +233,28 @@ def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int 
         hyperparams: the attack's hyperparameters, arrays [].
         key: typed random key.
         samples: NumPy arrays with leading axis N >= 1, `sample_id` = 0 ... N - 1.
-        lanes: number of images worked on at a time over all devices, rounded up to a multiple of
-            their number; None for a default that suits the devices.
+        lanes: as in `stream`.
         progress: called with a `Progress` after every bounded stretch of work.
 
     Returns:
         Outcome of NumPy arrays with leading axis N.
     """
-    total, image_shape = samples.x.shape[0], samples.x.shape[1:]
-    devices, width = _layout(total, lanes, image_shape)
-    mesh = make_mesh(devices)
-    sharding = split(mesh)
-    params, hyperparams, key = jax.device_put((params, hyperparams, key), replicate(mesh))
-    limit = jax.device_put(
-        np.int32(max(2, _CALLS * 4096 // max(4096, image_shape[0] * image_shape[1]))),
-        replicate(mesh))
-
-    algorithm = program.algorithm(hyperparams, key)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), samples)
-    shapes = jax.eval_shape(lambda s: algorithm.finish(algorithm.init(s)), one)
-    results = jax.tree.map(lambda a: np.zeros((total, *a.shape), a.dtype), shapes)
-
-    may_shrink = width >= _SMALLEST_WIDTH_THAT_SHRINKS
-    dealer = _Dealer(samples, len(devices), sharding)
-    state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
-    queue = dealer.deal([0] * len(devices), 2 * width)
+    total = samples.x.shape[0]
+    results = None
     done = lane_evals = 0
-    while done < total:
-        advance = on_mesh(program, mesh, capacity=3 * width)
-        state, queue, finished, model_calls = advance(params, hyperparams, key, state, queue, limit)
-        done += _store(results, finished)
-        lane_evals += width * int(np.asarray(model_calls).sum())
+    for stretch in stream(program, params, hyperparams, key, [samples],
+                          image_shape=samples.x.shape[1:], dtype=samples.x.dtype, lanes=lanes,
+                          num_images=total):
+        if results is None:
+            results = jax.tree.map(lambda a: np.zeros((total, *a.shape[1:]), a.dtype),
+                                   stretch.outcome)
+        for store, new in zip(results, stretch.outcome):
+            store[stretch.sample_ids] = new
+        done += len(stretch.sample_ids)
+        lane_evals += stretch.lane_evals
         if progress is not None:
             progress(Progress(done, total, int(results.success.sum()),
                               int(results.gradient_evals.sum()), lane_evals))
-        begin = np.asarray(queue.begin)
-        if dealer.left(begin):
-            if min(dealer.waiting(begin)) == 0:
-                queue = dealer.deal(begin, 2 * width)
-        elif may_shrink and done < total:
-            needed = -(-(total - done) // len(devices))
-            narrow = width
-            while narrow // _SHRINK >= needed:
-                narrow //= _SHRINK
-            if narrow < width:
-                width = narrow
-                state = _repack(state, width, len(devices), sharding)
-                queue = dealer.deal(begin, 2 * width)
     return results
 
 

@@ -21,7 +21,8 @@ def margin_loss(logits, label, *, targeted):
         [] untargeted `max(0, Z_y - max_{i != y} Z_i)`, targeted `max(0, max_{i != t} Z_i - Z_t)`.
         NaN when `label` is not in [0, K): indexing would silently clamp it to a wrong class.
     """
-    chosen = jnp.arange(logits.shape[0]) == label
+    label = jnp.asarray(label, jnp.int32)
+    chosen = jnp.arange(logits.shape[0], dtype=jnp.int32) == label
     own = jnp.sum(jnp.where(chosen, logits, 0.0))
     other = jnp.max(jnp.where(chosen, -jnp.inf, logits))
     margin = jax.nn.relu(other - own if targeted else own - other)
@@ -39,5 +40,5 @@ def is_adversarial(logits, label, *, targeted):
     Returns:
         [] bool; False when any logit is NaN or infinite (argmax of NaN would "fool" any label).
     """
-    hit = jnp.argmax(logits) == label
+    hit = jnp.argmax(logits).astype(jnp.int32) == jnp.asarray(label, jnp.int32)
     return jnp.all(jnp.isfinite(logits)) & (hit if targeted else ~hit)

@@ -5,6 +5,7 @@ XLA:CPU loops, and there are only a few taps.
 """
 
 import jax.numpy as jnp
+from jax import lax
 
 
 def _require_window(name, size, height, width):
@@ -18,10 +19,9 @@ def _running_any(mask, size, axis):
     covered = 1
     while covered < size:
         shift = min(covered, size - covered)
-        length = mask.shape[axis] - shift
-        head = jnp.take(mask, jnp.arange(length), axis=axis)
-        tail = jnp.take(mask, jnp.arange(shift, length + shift), axis=axis)
-        mask = head | tail
+        length = mask.shape[axis]
+        mask = (lax.slice_in_dim(mask, 0, length - shift, axis=axis)
+                | lax.slice_in_dim(mask, shift, length, axis=axis))
         covered += shift
     return mask
 
@@ -68,16 +68,14 @@ def gaussian_blur(image, size, sigma):
         [H, W] float.
     """
     _require_window("size", size // 2 + 1, *image.shape)
-    weights = gaussian_kernel(size, sigma)
+    weights = gaussian_kernel(size, jnp.asarray(sigma, image.dtype))
     half = size // 2
     for axis in (0, 1):
         pad = [(half, half) if a == axis else (0, 0) for a in (0, 1)]
         padded = jnp.pad(image, pad, mode="reflect")
         length = image.shape[axis]
-        image = sum(
-            weights[i] * (padded[i : i + length] if axis == 0 else padded[:, i : i + length])
-            for i in range(size)
-        )
+        image = sum(weights[i] * lax.slice_in_dim(padded, i, i + length, axis=axis)
+                    for i in range(size))
     return image
 
 

@@ -13,6 +13,7 @@ References:
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 # Threshold of the 1/2-quasinorm: (54^(1/3) / 4) * tradeoff^(2/3), Xu et al. 2012, eq. (11).
@@ -32,6 +33,7 @@ def half_quasinorm_threshold(tradeoff):
     return _HALF_THRESHOLD * root * root
 
 
+@jax.custom_jvp
 def half_quasinorm_prox(v, tradeoff):
     r"""Solve argmin_z (z - v)^2 + tradeoff * |z|^(1/2), elementwise.
 
@@ -42,12 +44,15 @@ def half_quasinorm_prox(v, tradeoff):
     Returns:
         [...] the minimiser; 0 where |v| is at most the threshold (also at a tie).
 
+    The derivative is that of the stationarity condition `2 (z - v) + (tradeoff / 2) z^(-1/2) = 0`
+    on the active set, zero off it (the jump at the threshold has none).
+
     References:
         Xu et al. 2012, theorem 1; arXiv 2311.17434, eq. (4).
     """
     size = jnp.abs(v)
     active = size > half_quasinorm_threshold(tradeoff)
-    # Double `where`: the unused branch must be finite too, or its NaN reaches the gradient.
+    # The branch not taken must be finite too: jax_debug_nans looks at it.
     safe_size = jnp.where(active, size, 1.0)
     safe_tradeoff = jnp.where(active, tradeoff, 0.0)
     inverse = 3.0 / safe_size
@@ -58,6 +63,18 @@ def half_quasinorm_prox(v, tradeoff):
     return jnp.where(active, v * ((2.0 / 3.0) * (1.0 + jnp.cos(angle))), 0.0)
 
 
+@half_quasinorm_prox.defjvp
+def _half_quasinorm_jvp(primals, tangents):
+    v, tradeoff = primals
+    z = half_quasinorm_prox(v, tradeoff)
+    size = jnp.where(z != 0.0, jnp.abs(z), 1.0)
+    root = jnp.sqrt(size)
+    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (0.125 * tradeoff / size) / root), 0.0)
+    by_tradeoff = -0.25 * jnp.sign(z) / root * by_v
+    return z, by_v * tangents[0] + by_tradeoff * tangents[1]
+
+
+@jax.custom_jvp
 def two_thirds_quasinorm_prox(v, tradeoff):
     r"""Solve argmin_z (z - v)^2 + tradeoff * |z|^(2/3), elementwise.
 
@@ -85,6 +102,17 @@ def two_thirds_quasinorm_prox(v, tradeoff):
     a = scale * jnp.sqrt(jnp.cosh(phi / 3.0))
     shrunk = ((a + jnp.sqrt(2.0 * ratio / a - a * a)) * 0.5) ** 3 / ratio
     return jnp.where(active, v * shrunk, jnp.where(positive, 0.0, v))
+
+
+@two_thirds_quasinorm_prox.defjvp
+def _two_thirds_quasinorm_jvp(primals, tangents):
+    v, tradeoff = primals
+    z = two_thirds_quasinorm_prox(v, tradeoff)
+    size = jnp.where(z != 0.0, jnp.abs(z), 1.0)
+    root = jnp.cbrt(size)
+    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (tradeoff / 9.0 / size) / root), 0.0)
+    by_tradeoff = -jnp.sign(z) / (3.0 * root) * by_v
+    return z, by_v * tangents[0] + by_tradeoff * tangents[1]
 
 
 def soft_threshold(v, tradeoff):

@@ -26,7 +26,7 @@ class SmallNet(nn.Module):
 
 def make_net(hidden=False, count=4):
     model = SmallNet(hidden)
-    x = jax.random.normal(jax.random.key(0), (count, 6, 8, 3))
+    x = jax.random.normal(jax.random.key(0), (count, 6, 8, 3), jnp.float32)
     variables = {"params": model.init(jax.random.key(1), x)["params"]}
 
     def apply_fn(variables, x):

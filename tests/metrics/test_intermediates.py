@@ -28,11 +28,12 @@ def nested(params, x):
 def handed_through(params, x):
     features = jax.nn.relu(x @ params)
 
-    @jax.jit
-    def tail(value):
-        return jnp.sum(value**2, axis=-1, keepdims=True), value
+    @jax.checkpoint
+    def half(value):  # Returns its argument: the same value under a second name.
+        return jnp.sum(value**2, axis=-1, keepdims=True) / 2, value
 
-    return tail(features)
+    logits, same = half(features)
+    return logits + jnp.sum(features**2, axis=-1, keepdims=True) / 2, same
 
 
 def used_twice(params, x):

@@ -192,6 +192,9 @@ def test_gradient_of_the_norm_is_zero_at_zero():
     np.testing.assert_array_equal(gradient, np.zeros(x.shape))
     moved = jax.grad(lambda a: jnp.sum(metrics.l2_norm(x, a)))(x.at[0, 1, 1, 0].add(0.5))
     assert moved[0, 1, 1, 0] == 1
+    # A change whose square is 0 in float32: the derivative of sqrt would be infinite.
+    tiny = jax.grad(lambda a: jnp.sum(metrics.l2_norm(x * 0, a)))(x * 0 + 1e-30)
+    assert jnp.isfinite(tiny).all()
 
 
 def test_label_maps_are_checked():

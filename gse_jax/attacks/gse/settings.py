@@ -5,7 +5,11 @@ References:
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,13 @@ def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> No
     for name, low in smallest.items():
         if getattr(settings, name) < low:
             raise ValueError(f"settings.{name}={getattr(settings, name)} must be >= {low}")
+    for name, value in hyperparams._asdict().items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"hyperparams.{name} must be one number, got shape "
+                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
+        if not isinstance(value, jax.core.Tracer) and not _in_range(name, float(value)):
+            raise ValueError(f"hyperparams.{name}={float(value):g} must be finite and "
+                             f"{'>= 0' if name == 'mu' else '> 0'}")
     side = min(image_shape[:2])
     if settings.blur_size % 2 == 0 or settings.blur_size // 2 >= side:
         raise ValueError(f"settings.blur_size={settings.blur_size} must be odd and at most "
@@ -118,3 +129,7 @@ def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> No
     if settings.patch_size > side:
         raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
                          f"{image_shape[0]}x{image_shape[1]} pixels; use at most {side}")
+
+
+def _in_range(name, value):
+    return math.isfinite(value) and (value >= 0.0 if name == "mu" else value > 0.0)

@@ -1,0 +1,166 @@
+"""The lane engine: what must not change a result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import Status
+from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.gse import GSE, GSESettings
+from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
+from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
+from tests.toy_model import golden, toy
+
+# Short runs; images still end after different numbers of evaluations.
+SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)
+ATTACK = functools.partial(gse_jax.attack, settings=SETTINGS, bounds=(-1.0, 1.0))
+
+
+def same(a, b, atol=1e-9):
+    np.testing.assert_array_equal(a.status, b.status)
+    np.testing.assert_array_equal(a.success, b.success)
+    np.testing.assert_array_equal(a.gradient_evals, b.gradient_evals)
+    np.testing.assert_allclose(a.adversarials, b.adversarials, atol=atol)
+    np.testing.assert_allclose(a.tradeoff, b.tradeoff, rtol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    params, apply_fn, x, y = toy()
+    result = ATTACK(params, apply_fn, x, y, lanes=1)
+    assert len(np.unique(result.gradient_evals)) >= 4  # they finish at different times
+    assert np.asarray(result.success).any()
+    return result
+
+
+# In this session there are four devices: 1, 3, 6 and 16 lanes run on 1, 3, 4 and 4 of them.
+@pytest.mark.parametrize("lanes", [3, 6, 16, None])
+def test_lanes_and_devices_do_not_matter(expected, lanes):
+    params, apply_fn, x, y = toy()
+    same(ATTACK(params, apply_fn, x, y, lanes=lanes), expected)
+
+
+def test_order_does_not_matter(expected):
+    params, apply_fn, x, y = toy()
+    order = jnp.asarray([3, 0, 5, 1, 4, 2])
+    result = ATTACK(params, apply_fn, x[order], y[order], lanes=2)
+    same(result, jax.tree.map(lambda a: a[order], expected))
+
+
+def test_a_long_queue_equals_single_images(expected):
+    """Refill, repeated dealing and the narrow lanes of the tail, over 4 devices."""
+    params, apply_fn, x, y = toy()
+    repeat = 40
+    result = ATTACK(params, apply_fn, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat), lanes=64)
+    same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
+
+
+def test_inside_the_callers_jit(expected):
+    params, apply_fn, x, y = toy()
+    same(jax.jit(lambda p, x, y: ATTACK(p, apply_fn, x, y, lanes=4))(params, x, y), expected)
+    # Concrete images and a model that closes over traced parameters.
+    same(jax.jit(lambda p: ATTACK((), lambda _, x: apply_fn(p, x), x, y))(params), expected)
+
+
+def test_inside_the_callers_vmap(expected):
+    params, apply_fn, x, y = toy()
+    one = jax.vmap(lambda x, y: ATTACK(params, apply_fn, x[None], y[None]))(x, y)
+    same(jax.tree.map(lambda a: a[:, 0], one), expected)
+
+
+def test_poisoned_image_disturbs_no_neighbour(expected):
+    params, apply_fn, x, y = toy()
+    marker = x[2, 0, 0, 0]
+
+    def poisoned(params, x):
+        bad = x[:, 0, 0, 0] == marker
+        return jnp.where(bad[:, None], jnp.nan, apply_fn(params, x))
+
+    for lanes in (1, 4, 6):
+        result = ATTACK(params, poisoned, x, y, lanes=lanes)
+        assert int(result.status[2]) == Status.NON_FINITE and not bool(result.success[2])
+        np.testing.assert_array_equal(result.adversarials[2], x[2])
+        keep = jnp.asarray([0, 1, 3, 4, 5])
+        same(jax.tree.map(lambda a: a[keep], result), jax.tree.map(lambda a: a[keep], expected))
+
+
+def test_nan_away_from_the_clean_image_never_becomes_a_success():
+    params, apply_fn, x, y = toy()
+
+    def breaks_when_touched(params, images):
+        touched = jnp.abs(images[:, None] - x[None]).max((2, 3, 4)).min(1) > 0
+        return jnp.where(touched[:, None], jnp.nan, apply_fn(params, images))
+
+    result = ATTACK(params, breaks_when_touched, x, y, lanes=1)
+    np.testing.assert_array_equal(result.status, Status.NON_FINITE)
+    np.testing.assert_array_equal(result.success, False)
+    np.testing.assert_array_equal(result.adversarials, x)
+
+
+def run_with(loop):
+    params, apply_fn, x, y = toy()
+    settings = GSESettings(num_runs=3, max_steps=12, phase1_steps=6)
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+    algorithm = GSE.bind(settings, hyperparams, targeted=False, bounds=(-1.0, 1.0), key=None)
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), 2)
+    lanes = jax.tree.map(jnp.asarray, lanes)
+    queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))
+    evaluate_fn = jax.jit(lambda s: evaluate(algorithm, lambda x: apply_fn(params, x), s))
+    _, _, finished, calls = drain(algorithm, evaluate_fn, lanes, queue, capacity=8, loop=loop)
+    order = jnp.argsort(finished.sample_id[:6])
+    return jax.tree.map(lambda a: a[order], finished.outcome), int(calls[0])
+
+
+def test_the_three_loops_agree():
+    reference, calls = run_with(python_loop)
+    assert 37 < calls < 111  # 6 images of up to 37 evaluations on 2 lanes
+    for loop in (while_loop, checkpointed_scan(calls), checkpointed_scan(calls + 30)):
+        outcome, _ = run_with(loop)
+        same(outcome, reference)
+
+
+def test_scan_that_is_too_short_stops_early():
+    _, calls = run_with(checkpointed_scan(9))
+    assert calls == 9
+
+
+def test_forward_and_reverse_through_the_scan():
+    """The driver is differentiable and its derivative is that of the unrolled loop."""
+    def total(driver, a):
+        state = driver(lambda c: c[1] < 7, lambda c: (jnp.sin(a * c[0]), c[1] + 1),
+                       (jnp.asarray(0.7), jnp.asarray(0)))
+        return state[0]
+
+    unrolled = jax.grad(lambda a: functools.reduce(lambda c, _: jnp.sin(a * c), range(7), 0.7))(1.3)
+    for driver in (checkpointed_scan(7), checkpointed_scan(50)):
+        np.testing.assert_allclose(jax.grad(functools.partial(total, driver))(1.3), unrolled,
+                                   rtol=1e-12)
+        np.testing.assert_allclose(jax.jvp(functools.partial(total, driver), (1.3,), (1.0,))[1],
+                                   unrolled, rtol=1e-12)
+
+
+def test_progress_is_reported_and_truthful():
+    params, apply_fn, x, y = toy()
+    seen = []
+    result = ATTACK(params, apply_fn, x, y, lanes=2, progress=seen.append)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    last = seen[-1]
+    assert (last.done, last.total) == (6, 6)
+    assert last.found == int(np.sum(result.success))
+    assert last.gradient_evals == int(np.sum(result.gradient_evals)) <= last.lane_evals
+
+
+def test_dead_runs_cost_no_evaluation_and_change_nothing():
+    """A search that starts above the largest active trade-off: nothing but dead runs."""
+    params, apply_fn, x, y = toy()
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+    result = ATTACK(params, apply_fn, x, y, settings=GSESettings(num_runs=3, num_boosted_runs=0),
+                    hyperparams=hyperparams._replace(initial_fraction=1e4))
+    np.testing.assert_array_equal(result.gradient_evals, 1)
+    np.testing.assert_array_equal(result.status, Status.NOT_FOUND)
+    np.testing.assert_array_equal(result.adversarials, golden()["images"])

@@ -1,0 +1,121 @@
+"""Compilation and the caller's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gse_jax
+from gse_jax.attacks.gse import GSESettings
+from tests.toy_model import toy
+
+SETTINGS = GSESettings(num_runs=4, max_steps=20, phase1_steps=8)
+
+
+def counting_toy():
+    """The toy model, and a list that grows by one each time it is traced for the attack."""
+    params, apply_fn, x, y = toy()
+    traces = []
+
+    def counting(params, x):
+        traces.append(x.shape)
+        return apply_fn(params, x)
+
+    return params, counting, x, y, traces
+
+
+def attack_traces(traces, lanes):
+    return [shape for shape in traces if shape[0] == lanes]
+
+
+def test_sweeps_sizes_and_repetition_compile_once():
+    params, apply_fn, x, y, traces = counting_toy()
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+
+    def run(x, y, **options):
+        return gse_jax.attack(params, apply_fn, x, y, settings=SETTINGS, bounds=(-1.0, 1.0),
+                              lanes=5, **options)
+
+    run(x, y)
+    first = len(attack_traces(traces, 2))  # 5 lanes over 4 devices: 2 each
+    assert first > 0
+    for count in (6, 5, 4):
+        run(x[:count], y[:count])
+    run(jnp.tile(x, (7, 1, 1, 1)), jnp.tile(y, 7))
+    run(x, y, hyperparams=hyperparams._replace(mu=0.5, q=0.5, step_size=0.01, blur_sigma=1.0))
+    run(x, y, key=3)
+    assert len(attack_traces(traces, 2)) == first
+
+
+def test_default_lanes_share_one_program_between_nearby_sizes():
+    params, apply_fn, x, y, traces = counting_toy()
+    for count in (17, 20, 30):  # 5, 5 and 8 images per device: 8 lanes
+        tiled = jnp.tile(x, (5, 1, 1, 1))[:count], jnp.tile(y, 5)[:count]
+        gse_jax.attack(params, apply_fn, *tiled, settings=SETTINGS, bounds=(-1.0, 1.0))
+        if count == 17:
+            first = len(attack_traces(traces, 8))
+    assert first > 0 and len(attack_traces(traces, 8)) == first
+
+
+def test_vmap_over_hyperparams_equals_single_calls():
+    params, apply_fn, x, y = toy()
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+    values = {"mu": [1.0, 0.3, 3.0], "step_size": [0.005, 0.02, 0.01], "q": [0.25, 0.5, 0.9]}
+    sweep = hyperparams._replace(**{k: jnp.asarray(v) for k, v in values.items()})
+    axes = type(hyperparams)(*(0 if k in values else None for k in hyperparams._fields))
+
+    def run(h):
+        return gse_jax.attack(params, apply_fn, x, y, settings=SETTINGS, hyperparams=h,
+                              bounds=(-1.0, 1.0))
+
+    swept = jax.vmap(run, in_axes=(axes,))(sweep)
+    assert len({float(a) for a in np.abs(np.asarray(swept.adversarials - x[None])).sum(
+        (1, 2, 3, 4))}) == 3
+    for i in range(3):
+        one = run(hyperparams._replace(**{k: v[i] for k, v in values.items()}))
+        np.testing.assert_array_equal(swept.status[i], one.status)
+        np.testing.assert_array_equal(swept.gradient_evals[i], one.gradient_evals)
+        np.testing.assert_allclose(swept.adversarials[i], one.adversarials, atol=1e-9)
+
+
+def test_shard_map_by_the_caller():
+    params, apply_fn, x, y = toy()
+    x, y = jnp.tile(x, (2, 1, 1, 1))[:8], jnp.tile(y, 2)[:8]
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+
+    def run(x, y):
+        return gse_jax.attack(params, apply_fn, x, y, settings=SETTINGS, bounds=(-1.0, 1.0))
+
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
+                                    check_vma=False))(x, y)
+    plain = run(x, y)
+    np.testing.assert_array_equal(sharded.status, plain.status)
+    np.testing.assert_allclose(sharded.adversarials, plain.adversarials, atol=1e-9)
+
+
+def test_forward_mode_through_the_attack():
+    """Forward mode passes through the while loop: how the perturbation moves with mu."""
+    params, apply_fn, x, y = toy()
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+
+    def size(mu):
+        result = gse_jax.attack(params, apply_fn, x[2:3], y[2:3], settings=SETTINGS,
+                                hyperparams=hyperparams._replace(mu=mu), bounds=(-1.0, 1.0))
+        return jnp.sum((result.adversarials - x[2:3]) ** 2)
+
+    _, slope = jax.jvp(size, (1.0,), (1.0,))
+    h = 1e-6
+    np.testing.assert_allclose(slope, (size(1.0 + h) - size(1.0 - h)) / (2 * h), rtol=1e-5)
+
+
+def test_an_unhashable_model_is_accepted():
+    params, apply_fn, x, y = toy()
+
+    class Model:
+        __hash__ = None
+
+        def __call__(self, params, x):
+            return apply_fn(params, x)
+
+    result = gse_jax.attack(params, Model(), x[:1], y[:1], settings=SETTINGS, bounds=(-1.0, 1.0))
+    assert result.success.shape == (1,)

@@ -1,0 +1,112 @@
+"""Bad input is one clear line that names the argument and the fix, before anything compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from tests.toy_model import linear_logits
+
+RNG = np.random.default_rng(0)
+PARAMS = (RNG.normal(size=(12 * 12 * 3, 5)).astype("f4"), np.zeros(5, "f4"))
+X = RNG.uniform(0.2, 0.8, (4, 12, 12, 3)).astype("f4")
+Y = np.asarray(linear_logits(PARAMS, jnp.asarray(X)).argmax(-1)).astype("i4")
+
+
+def attack(x=X, y=Y, apply_fn=linear_logits, params=PARAMS, **options):
+    return gse_jax.attack(params, apply_fn, x, y, **options)
+
+
+NAN_IMAGE = X.copy()
+NAN_IMAGE[2, 1, 1, 1] = np.nan
+S, H = gse_jax.preset("gse", "cifar10", targeted=False)
+
+CASES = {
+    "nchw": (dict(x=X.transpose(0, 3, 1, 2)), ValueError, "x .*NCHW"),
+    "no batch axis": (dict(x=X[0]), ValueError, r"x .*x\[None\]"),
+    "two channels": (dict(x=X[..., :2]), ValueError, "x .*1 or 3 channels"),
+    "too small": (dict(x=X[:, :7]), ValueError, "x .*8x8"),
+    "uint8": (dict(x=(X * 255).astype("u1")), TypeError, "x .*uint8.*255"),
+    "half precision": (dict(x=X.astype("f2")), TypeError, "x .*float16"),
+    "outside": (dict(x=X * 3), ValueError, "x .*bounds"),
+    "nan pixel": (dict(x=NAN_IMAGE), ValueError, "x .*image 2"),
+    "not an array": (dict(x="cat.png"), TypeError, "x "),
+    "one-hot": (dict(y=np.eye(5, dtype="f4")[Y]), ValueError, r"y .*argmax"),
+    "float labels": (dict(y=Y.astype("f4")), TypeError, "y .*integer.*float32"),
+    "label too large": (dict(y=Y + 7), ValueError, r"y .*\[0, 4\]"),
+    "label negative": (dict(y=Y - 9), ValueError, r"y .*\[0, 4\]"),
+    "short y": (dict(y=Y[:3]), ValueError, "y .*4 images"),
+    "short targets": (dict(targets=Y[:3]), ValueError, "targets .*4 images"),
+    "target out of range": (dict(targets=Y + 5), ValueError, r"targets .*\[0, 4\]"),
+    "float targets": (dict(targets=(Y + 1.0) % 5), TypeError, "targets .*integer"),
+    "targets equal y": (dict(targets=Y), ValueError, "targets .*differ"),
+    "tuple out": (dict(apply_fn=lambda p, x: (linear_logits(p, x), 0)), TypeError,
+                  "apply_fn .*tuple"),
+    "scalar out": (dict(apply_fn=lambda p, x: linear_logits(p, x).sum()), ValueError,
+                   "apply_fn .*classes"),
+    "one class": (dict(apply_fn=lambda p, x: linear_logits(p, x)[:, :1]), ValueError,
+                  "apply_fn .*classes"),
+    "batch dropped": (dict(apply_fn=lambda p, x: linear_logits(p, x)[:1]), ValueError,
+                      "apply_fn .*classes"),
+    "labels out": (dict(apply_fn=lambda p, x: linear_logits(p, x).argmax(-1, keepdims=True)
+                        .repeat(2, 1)), TypeError, "apply_fn .*float"),
+    "wrong order": (dict(params=linear_logits, apply_fn=PARAMS), TypeError, "apply_fn .*order"),
+    "model fails": (dict(x=X[:, :9]), ValueError, "apply_fn.* failed"),
+    "bounds swapped": (dict(bounds=(1.0, 0.0)), ValueError, "bounds"),
+    "bounds scalar": (dict(bounds=1.0), ValueError, "bounds"),
+    "method": (dict(method="gze"), ValueError, "method='gze'.*'gse'"),
+    "lanes": (dict(lanes=0), ValueError, "lanes"),
+    "key": (dict(key="seed"), TypeError, "key"),
+    "settings type": (dict(settings=3), TypeError, "settings"),
+    "hyperparams type": (dict(hyperparams={"mu": 1.0}), TypeError, "hyperparams"),
+    "hyperparams vector": (dict(hyperparams=H._replace(mu=np.ones(2))), ValueError,
+                           r"hyperparams\.mu.*vmap"),
+    "no runs": (dict(settings=gse_jax.GSESettings(num_runs=0)), ValueError, "num_runs"),
+    "even blur": (dict(settings=gse_jax.GSESettings(blur_size=4)), ValueError, "blur_size"),
+    "patch": (dict(settings=gse_jax.GSESettings(patch_size=13)), ValueError, "patch_size"),
+    "step size": (dict(hyperparams=H._replace(step_size=-1.0)), ValueError, "step_size"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_clear_line(name):
+    options, error, pattern = CASES[name]
+    with pytest.raises(error, match=pattern) as caught:
+        attack(**options)
+    message = str(caught.value)
+    assert "\n" not in message and 20 < len(message) < 400
+
+
+def test_nothing_is_computed_before_the_checks():
+    """The model is traced for its output shape, never run."""
+    calls = []
+
+    def counting(params, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return linear_logits(params, x)
+
+    with pytest.raises(ValueError):
+        attack(apply_fn=counting, y=Y + 7)
+    jax.effects_barrier()
+    assert not calls
+
+
+def test_unknown_domain():
+    with pytest.raises(ValueError, match="cifar11.*'cifar10'"):
+        gse_jax.preset("gse", "cifar11", targeted=False)
+    with pytest.raises(ValueError, match="method='gze'"):
+        gse_jax.preset("gze", "cifar10", targeted=False)
+
+
+def test_impossible_label_under_jit_is_non_finite_not_fooled():
+    result = jax.jit(lambda y: attack(x=jnp.asarray(X), y=y))(jnp.asarray(Y).at[1].set(17))
+    assert int(result.status[1]) == gse_jax.Status.NON_FINITE and not bool(result.success[1])
+    assert (np.asarray(result.status)[[0, 2, 3]] == gse_jax.Status.FOUND).all()
+
+
+def test_lists_and_numpy_are_accepted():
+    a = attack(x=X.tolist(), y=Y.tolist())
+    b = attack()
+    np.testing.assert_array_equal(a.adversarials, b.adversarials)
+    assert a.adversarials.dtype == jnp.float32 and a.status.dtype == jnp.int32

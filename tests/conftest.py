@@ -1,0 +1,23 @@
+"""Strict JAX for every test, on four CPU devices."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+SHARED = Path(os.environ.get("GSE_JAX_SHARED",
+                             Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder with real images and weights; tests that need it skip where it is absent."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the shared real data is not on this machine (set GSE_JAX_SHARED)")
+    return SHARED

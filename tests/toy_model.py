@@ -1,0 +1,40 @@
+"""Models of the tests: the golden toy network, and a linear classifier with known optima."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+GOLDEN = Path(__file__).parent / "golden" / "gse_toy_trace.npz"
+CASES = (("untargeted", "cifar10", False), ("targeted", "cifar10", True),
+         ("targeted_infeasible", "cifar10", True), ("imagenet_preset", "imagenet", False))
+
+
+def golden():
+    """The golden trace file."""
+    return np.load(GOLDEN, allow_pickle=False)
+
+
+def toy(dtype=jnp.float64):
+    """(params, apply_fn, images, labels) of the golden runs; images in [-1, 1]."""
+    trace = golden()
+    params = {k[4:]: jnp.asarray(trace[k], dtype) for k in trace.files if k.startswith("toy/")}
+    x = jnp.asarray(trace["images"], dtype)
+    y = toy_logits(params, x).argmax(-1).astype(jnp.int32)
+    return params, toy_logits, x, y
+
+
+def toy_logits(params, x):
+    """Two tanh convolutions, a global maximum, a linear layer."""
+    for name, stride in (("c1", 1), ("c2", 2)):
+        x = lax.conv_general_dilated(x, params[f"{name}.weight"], (stride, stride),
+                                     ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jnp.tanh(x + params[f"{name}.bias"].reshape(1, 1, 1, -1))
+    return 3.0 * (x.max((1, 2)) @ params["fc.weight"] + params["fc.bias"][None])
+
+
+def linear_logits(params, x):
+    """Logits x . kernel + bias."""
+    kernel, bias = params
+    return x.reshape(x.shape[0], -1) @ kernel + bias[None]
