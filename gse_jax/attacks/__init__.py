@@ -1,8 +1,19 @@
 """(model function, images) -> adversarials: the attacks, and the engine that runs them."""
 
-from gse_jax.attacks.api import attack
+from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.api import attack, attack_stream
 from gse_jax.attacks.gse import GSEHyperparams, GSESettings
 from gse_jax.attacks.registry import METHODS, preset
-from gse_jax.attacks.runner import Progress
+from gse_jax.attacks.runner import Progress, Stretch
 
-__all__ = ["METHODS", "GSEHyperparams", "GSESettings", "Progress", "attack", "preset"]
+__all__ = [
+    "METHODS",
+    "GSEHyperparams",
+    "GSESettings",
+    "Progress",
+    "Sample",
+    "Stretch",
+    "attack",
+    "attack_stream",
+    "preset",
+]

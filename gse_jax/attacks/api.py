@@ -1,7 +1,8 @@
-"""The public call: `gse_jax.attack`."""
+"""The public calls: `attack` for arrays, `attack_stream` for more images than fit in memory."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.program import Program, in_graph
 from gse_jax.attacks.registry import find_method
-from gse_jax.attacks.runner import Progress, as_key, default_lanes_per_device, run
+from gse_jax.attacks.runner import (
+    Progress,
+    Stretch,
+    as_key,
+    default_lanes_per_device,
+    run,
+    stream,
+)
 from gse_jax.types import ApplyFn, AttackResult, Bounds
 
 LARGEST_CIFAR_SIDE = 64  # pixels; larger images take the ImageNet preset
@@ -33,18 +41,6 @@ def _hashable(apply_fn):
     except TypeError:
         return _ByIdentity(apply_fn)
     return apply_fn
-
-
-def _configure(method, settings, hyperparams, image_shape, targeted):
-    """Fill in the preset; return (settings, hyperparams, its name)."""
-    domain = "cifar10" if max(image_shape[:2]) <= LARGEST_CIFAR_SIDE else "imagenet"
-    default_settings, default_hyperparams = method.preset(domain, targeted)
-    name = f"{domain} {'targeted' if targeted else 'untargeted'}"
-    if settings is None and hyperparams is None:
-        return default_settings, default_hyperparams, name
-    settings = default_settings if settings is None else settings
-    hyperparams = default_hyperparams if hyperparams is None else hyperparams
-    return settings, hyperparams, "custom"
 
 
 def attack(
@@ -99,44 +95,132 @@ def attack(
     References:
         arXiv 2311.17434 for method "gse".
     """
-    row = find_method(method)
     bounds = validation.check_bounds(bounds)
     validation.check_lanes(lanes)
-    key = as_key(key)
     x, y = _as_array("x", x), _as_array("y", y)
     targeted = targets is not None
+    targets = _as_array("targets", targets) if targeted else None
     validation.check_images(x, bounds)
-    validation.check_labels("y", y, x.shape[0])
-    if targeted:
-        targets = _as_array("targets", targets)
-        validation.check_labels("targets", targets, x.shape[0])
-    settings, hyperparams, name = _configure(row, settings, hyperparams, x.shape[1:], targeted)
-    row.check(settings, hyperparams, x.shape[1:])
-    num_classes = validation.check_model(params, apply_fn, x)
-    validation.check_label_values("y", y, num_classes)
-    if targeted:
-        validation.check_label_values("targets", targets, num_classes)
-        validation.check_targets_differ(y, targets)
+    _check_label_shapes(y, targets, x.shape[0])
+    setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
+                    x.shape[1:], x.dtype)
+    _check_label_values(y, targets, setup.num_classes)
 
     count = x.shape[0]
-    program = Program(_hashable(apply_fn), row.bind, settings, targeted, bounds,
-                      rewrite_convolutions=jax.default_backend() == "cpu")
-    hyperparams = jax.tree.map(lambda h: jnp.asarray(h, x.dtype), hyperparams)
-    traced = validation.is_traced(params, x, y, targets, hyperparams, key)
+    traced = validation.is_traced(params, x, y, targets, setup.hyperparams, setup.key)
     array = jnp.asarray if traced else np.asarray
     goal = targets if targeted else np.full(count, -1)
     samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
                      np.arange(count, dtype=np.int32))
+    arguments = (params, setup.hyperparams, setup.key, samples)
     if count == 0:
-        outcome = _empty_outcome(program, hyperparams, key, samples)
+        outcome = _empty_outcome(setup, samples)
     elif traced:
-        platform = jax.default_backend()
-        width = lanes or default_lanes_per_device(platform, *x.shape[1:3])
-        outcome = in_graph(program, min(width, count))(params, hyperparams, key, samples)
+        width = lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
+        outcome = in_graph(setup.program, min(width, count))(*arguments)
     else:
-        outcome = run(program, params, hyperparams, key, samples, lanes, progress)
+        outcome = run(setup.program, *arguments, lanes, progress)
     outcome = jax.tree.map(jnp.asarray, outcome)
-    return AttackResult(*outcome, method=method, preset=name)
+    return AttackResult(*outcome, method=method, preset=setup.preset)
+
+
+def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image_shape,
+                  dtype=np.float32, targeted: bool = False, method: str = "gse", settings=None,
+                  hyperparams=None, bounds: Bounds = (0.0, 1.0), key=None,
+                  lanes: int | None = None,
+                  num_images: int | None = None) -> Iterator[Stretch]:
+    """Attack batches as they come: as many images as there are, in the memory of a few batches.
+
+    Args:
+        params: as in `attack`.
+        apply_fn: as in `attack`.
+        batches: Samples of arrays with a leading axis of any length: `x` [M, H, W, C], `y` [M],
+            `target` [M] (-1 where untargeted), `sample_id` [M] int32 >= 0 and unique over all
+            batches. Pulled when lanes fall free, which stay full across the borders of batches.
+        image_shape: (H, W, C) of every image.
+        dtype: float32 or float64.
+        targeted: whether to aim at `target`.
+        method: as in `attack`.
+        settings: as in `attack`.
+        hyperparams: as in `attack`.
+        bounds: as in `attack`.
+        key: as in `attack`.
+        lanes: as in `attack`.
+        num_images: how many images will come, if known; few images take fewer lanes.
+
+    Yields:
+        Stretch: `sample_ids` [M] and `outcome` (the fields of AttackResult, NumPy) of the images
+        that were finished, in the order of finishing; M may be 0. Every image comes exactly once,
+        with the same outcome as from `attack`.
+
+    Raises:
+        TypeError: as `attack`; for a bad batch when it is pulled.
+        ValueError: as `attack`; for a bad batch when it is pulled.
+    """
+    bounds = validation.check_bounds(bounds)
+    validation.check_lanes(lanes)
+    image_shape = tuple(image_shape)
+    validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
+    setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
+                    image_shape, dtype)
+
+    def checked():
+        for batch in batches:
+            sample = Sample(*(np.asarray(a) for a in batch))
+            validation.check_images(sample.x, bounds)
+            if sample.x.shape[1:] != image_shape or sample.x.dtype != dtype:
+                raise ValueError(f"a batch has images {list(sample.x.shape[1:])} "
+                                 f"{sample.x.dtype}, expected {list(image_shape)} "
+                                 f"{np.dtype(dtype)}; resize or convert them first")
+            targets = sample.target if targeted else None
+            _check_label_shapes(sample.y, targets, sample.x.shape[0])
+            _check_label_values(sample.y, targets, setup.num_classes)
+            yield Sample(sample.x, sample.y.astype(np.int32), sample.target.astype(np.int32),
+                         sample.sample_id.astype(np.int32))
+
+    return stream(setup.program, params, setup.hyperparams, setup.key, checked(),
+                  image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
+
+
+class _Setup(NamedTuple):
+    """What the arguments of a call come to."""
+
+    program: Program
+    hyperparams: Any
+    key: jax.Array
+    num_classes: int
+    preset: str
+
+
+def _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted, image_shape,
+            dtype) -> _Setup:
+    row = find_method(method)
+    domain = "cifar10" if max(image_shape[:2]) <= LARGEST_CIFAR_SIDE else "imagenet"
+    default_settings, default_hyperparams = row.preset(domain, targeted)
+    name = f"{domain} {'targeted' if targeted else 'untargeted'}"
+    if settings is not None or hyperparams is not None:
+        name = "custom"
+    settings = default_settings if settings is None else settings
+    hyperparams = default_hyperparams if hyperparams is None else hyperparams
+    row.check(settings, hyperparams, image_shape)
+    num_classes = validation.check_model(params, apply_fn, image_shape, dtype)
+    program = Program(_hashable(apply_fn), row.bind, settings, targeted, bounds,
+                      rewrite_convolutions=jax.default_backend() == "cpu")
+    hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
+    return _Setup(program, hyperparams, as_key(key), num_classes, name)
+
+
+def _check_label_shapes(y, targets, count):
+    validation.check_labels("y", y, count)
+    if targets is not None:
+        validation.check_labels("targets", targets, count)
+
+
+def _check_label_values(y, targets, num_classes):
+    validation.check_label_values("y", y, num_classes)
+    if targets is not None:
+        validation.check_label_values("targets", targets, num_classes)
+        validation.check_targets_differ(y, targets)
 
 
 def _as_array(name, value):
@@ -149,8 +233,8 @@ def _as_array(name, value):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None
 
 
-def _empty_outcome(program, hyperparams, key, samples):
-    algorithm = program.algorithm(hyperparams, key)
+def _empty_outcome(setup, samples):
+    algorithm = setup.program.algorithm(setup.hyperparams, setup.key)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), samples)
     shapes = jax.eval_shape(lambda s: algorithm.finish(algorithm.init(s)), one)
     return jax.tree.map(lambda a: np.zeros((0, *a.shape), a.dtype), shapes)

@@ -109,13 +109,14 @@ def check_labels(name, labels, num_images):
                         f"use {name}.astype('int32')")
 
 
-def check_model(params, apply_fn, x) -> int:
+def check_model(params, apply_fn, image_shape, dtype) -> int:
     """Refuse a model that does not map [N, H, W, C] to [N, classes]; nothing is computed.
 
     Args:
         params: the model's parameters.
         apply_fn: (params, x) -> logits.
-        x: the images (their values are not used).
+        image_shape: (H, W, C) of the images.
+        dtype: of the images.
 
     Returns:
         Number of classes.
@@ -128,7 +129,7 @@ def check_model(params, apply_fn, x) -> int:
         raise TypeError(f"apply_fn must be a function (params, x) -> logits, got "
                         f"{type(apply_fn).__name__}; the order is attack(params, apply_fn, x, y)")
     batch = 3  # neither 1 nor 2: a model that drops or mixes the batch axis shows
-    probe = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    probe = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
     try:
         out = jax.eval_shape(apply_fn, params, probe)
     except Exception as error:

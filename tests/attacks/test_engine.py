@@ -9,6 +9,7 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
+from gse_jax.attacks import attack_stream
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
@@ -103,7 +104,7 @@ def test_nan_away_from_the_clean_image_never_becomes_a_success():
 
 def run_with(loop):
     params, apply_fn, x, y = toy()
-    settings = GSESettings(num_runs=3, max_steps=12, phase1_steps=6)
+    settings = GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
     _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
     algorithm = GSE.bind(settings, hyperparams, targeted=False, bounds=(-1.0, 1.0), key=None)
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
@@ -118,7 +119,7 @@ def run_with(loop):
 
 def test_the_three_loops_agree():
     reference, calls = run_with(python_loop)
-    assert 37 < calls < 111  # 6 images of up to 37 evaluations on 2 lanes
+    assert 13 < calls < 39  # 6 images of up to 13 evaluations on 2 lanes
     for loop in (while_loop, checkpointed_scan(calls), checkpointed_scan(calls + 30)):
         outcome, _ = run_with(loop)
         same(outcome, reference)
@@ -164,3 +165,52 @@ def test_dead_runs_cost_no_evaluation_and_change_nothing():
     np.testing.assert_array_equal(result.gradient_evals, 1)
     np.testing.assert_array_equal(result.status, Status.NOT_FOUND)
     np.testing.assert_array_equal(result.adversarials, golden()["images"])
+
+
+def batches(x, y, sizes):
+    """The images in batches of odd sizes, as Samples with their own ids."""
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        count = len(x[part])
+        yield Sample(np.asarray(x[part]), np.asarray(y[part]), np.full(count, -1),
+                     100 + start + np.arange(count))
+        start += size
+
+
+def test_a_stream_of_batches_equals_one_call(expected):
+    params, apply_fn, x, y = toy()
+    ids, adversarials, lane_evals = [], [], 0
+    for stretch in attack_stream(params, apply_fn, batches(x, y, (1, 3, 0, 2)), lanes=2,
+                                 image_shape=x.shape[1:], dtype=x.dtype, settings=SETTINGS,
+                                 bounds=(-1.0, 1.0)):
+        ids += stretch.sample_ids.tolist()
+        adversarials += list(stretch.outcome.adversarials)
+        lane_evals += stretch.lane_evals
+    assert sorted(ids) == list(range(100, 106))
+    order = np.argsort(ids)
+    np.testing.assert_allclose(np.stack(adversarials)[order], expected.adversarials, atol=1e-9)
+    assert lane_evals >= int(np.sum(expected.gradient_evals))
+
+
+def test_a_stream_is_pulled_as_lanes_fall_free_and_may_be_empty():
+    params, apply_fn, x, y = toy()
+    pulled = []
+
+    def slow():
+        for batch in batches(jnp.tile(x, (20, 1, 1, 1)), jnp.tile(y, 20), (4,) * 30):
+            pulled.append(len(batch.y))
+            yield batch
+
+    options = dict(image_shape=x.shape[1:], dtype=x.dtype, settings=SETTINGS, bounds=(-1.0, 1.0),
+                   lanes=2)
+    next(iter(attack_stream(params, apply_fn, slow(), **options)))
+    assert sum(pulled) < 20
+    assert list(attack_stream(params, apply_fn, [], **options)) == []
+
+
+def test_a_bad_batch_is_refused_when_it_comes():
+    params, apply_fn, x, y = toy()
+    bad = Sample(np.zeros((1, 9, 9, 3)), np.zeros(1, int), -np.ones(1, int), np.zeros(1, int))
+    with pytest.raises(ValueError, match=r"batch.*\[9, 9, 3\].*\[20, 20, 3\]"):
+        list(attack_stream(params, apply_fn, [bad], image_shape=x.shape[1:], dtype=x.dtype))
