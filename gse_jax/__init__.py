@@ -7,12 +7,13 @@ loads jax and numpy only.
 
 import importlib
 
-from gse_jax.attacks import GSEHyperparams, GSESettings, attack, preset
+from gse_jax.attacks import GSEHyperparams, GSESettings, attack, attack_stream, preset
+from gse_jax.devices import use_all_cpu_cores
 from gse_jax.types import AttackResult, Status
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "metrics", "models", "ops", "report")
+_ROOMS = ("data", "evaluation", "metrics", "models", "ops", "report")
 
 __all__ = [
     "AttackResult",
@@ -20,12 +21,15 @@ __all__ = [
     "GSESettings",
     "Status",
     "attack",
+    "attack_stream",
     "data",
+    "evaluation",
     "metrics",
     "models",
     "ops",
     "preset",
     "report",
+    "use_all_cpu_cores",
 ]
 
 

@@ -1,7 +1,7 @@
 """(model function, images) -> adversarials: the attacks, and the engine that runs them."""
 
 from gse_jax.attacks.algorithm import Sample
-from gse_jax.attacks.api import attack, attack_stream
+from gse_jax.attacks.api import attack, attack_stream, default_domain
 from gse_jax.attacks.gse import GSEHyperparams, GSESettings
 from gse_jax.attacks.registry import METHODS, preset
 from gse_jax.attacks.runner import Progress, Stretch
@@ -15,5 +15,6 @@ __all__ = [
     "Stretch",
     "attack",
     "attack_stream",
+    "default_domain",
     "preset",
 ]

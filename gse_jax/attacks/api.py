@@ -182,6 +182,18 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
                   image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
 
 
+def default_domain(image_shape) -> str:
+    """Return the domain whose preset images of this size get by default.
+
+    Args:
+        image_shape: (H, W, C).
+
+    Returns:
+        "cifar10" up to 64 pixels, else "imagenet".
+    """
+    return "cifar10" if max(image_shape[:2]) <= LARGEST_CIFAR_SIDE else "imagenet"
+
+
 class _Setup(NamedTuple):
     """What the arguments of a call come to."""
 
@@ -195,7 +207,7 @@ class _Setup(NamedTuple):
 def _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted, image_shape,
             dtype) -> _Setup:
     row = find_method(method)
-    domain = "cifar10" if max(image_shape[:2]) <= LARGEST_CIFAR_SIDE else "imagenet"
+    domain = default_domain(image_shape)
     default_settings, default_hyperparams = row.preset(domain, targeted)
     name = f"{domain} {'targeted' if targeted else 'untargeted'}"
     if settings is not None or hyperparams is not None:

@@ -17,6 +17,7 @@ import numpy as np
 from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
 from gse_jax.attacks.lanes import LanesState, Queue, idle_lanes
 from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split
+from gse_jax.devices import hint_at_idle_cores
 
 
 class Progress(NamedTuple):
@@ -182,6 +183,8 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         Stretch, in the order in which images finish. Every image is in exactly one.
     """
     devices, width = _layout(num_images, lanes, image_shape)
+    if width >= _SMALLEST_WIDTH_THAT_SHRINKS:  # small jobs are not worth a remark
+        hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
     sharding = split(mesh)
     calls = max(2, _CALLS * 4096 // max(4096, image_shape[0] * image_shape[1]))

@@ -67,8 +67,8 @@ def attack_panel(
         after: `Prediction` for adversarials.
         bounds: (lo, hi), shown as black and white.
         class_names: names by class number, a sequence or mapping; None prints the numbers.
-        heat_maps: {column heading: maps [N, H', W']} or None. Maps with negative values are drawn
-            as signed, saturating at the 99.5th percentile. Each image has its own scale.
+        heat_maps: {column heading: maps [N, H', W']} or None. A column with negative values is
+            drawn as signed, saturating at the 99.5th percentile. Each image has its own scale.
         status: `gse_jax.types.Status` per image, int [N]; says in words why a row shows no
             adversarial. None: unknown.
         amplification: factor on the change, > 0; None chooses it per image, at least 1, so that
@@ -101,7 +101,8 @@ def attack_panel(
             for column, tile in enumerate(tiles):
                 page.tile(row, column, tile)
             for column, maps in enumerate(heat_maps.values(), len(tiles)):
-                page.heat_map(row, column, maps[row])
+                # One colour map for a column: two would look like two kinds of map.
+                page.heat_map(row, column, maps[row], signed=bool((maps < 0).any()))
             page.caption(row, 0, _lines(before, row, class_names))
             word = _WORDS.get(int(status[row]))
             page.caption(row, 1, _lines(after, row, class_names) if word is None else word.split())
@@ -236,9 +237,9 @@ class _Page:
         pixels = np.round(np.asarray(pixels) * 255).astype(np.uint8)
         self._axes(row, column).imshow(pixels, interpolation="nearest", aspect="auto")
 
-    def heat_map(self, row, column, values):
+    def heat_map(self, row, column, values, signed):
         values = np.nan_to_num(values)
-        if values.min() < 0:
+        if signed:
             # Saliency maps have few very large values; a full scale would show nothing else.
             limit = np.quantile(np.abs(values), 0.995)
             limit = limit if limit > 0 else np.abs(values).max()

@@ -1,0 +1,59 @@
+"""What all benchmarks share: where results go, and on what they were measured."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import gse_jax
+
+SHARED = Path(os.environ.get("GSE_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def parser(description):
+    """Arguments that every benchmark has."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    arguments.add_argument("--out", default=str(Path(__file__).parent / "results"))
+    return arguments
+
+
+def write(name, args, rows):
+    """Write the rows with machine, versions and date; smoke results are not kept."""
+    if args.smoke:
+        return
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+               "platform": jax.default_backend(), "devices": jax.local_device_count(),
+               "device_kind": jax.devices()[0].device_kind}
+    versions = {"gse_jax": gse_jax.__version__, "jax": jax.__version__,
+                "python": platform.python_version(), "numpy": np.__version__}
+    record = {"date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
+              "load_average": os.getloadavg()[0], "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def network_and_images(count):
+    """(params, apply_fn, x, y, bounds, name): the paper's CIFAR-10 network, else the digits'."""
+    from gse_jax import data, models
+
+    folder = SHARED / "data" / "cifar10"
+    if folder.is_dir():
+        apply_fn, params = models.load(
+            "resnet20", weights=folder / "resnet20_gse_authors.safetensors", normalize=(0.0, 1.0))
+        file = np.load(folder / "test_0000_0399.npz")
+        x, y = file["x"].astype("f4") / np.float32(127.5) - 1, file["y"].astype("i4")
+        bounds, name = (-1.0, 1.0), "CIFAR-10, authors' ResNet-20"
+    else:
+        apply_fn, params = models.load("resnet20", weights="digits")
+        x, y, *_ = data.load("digits")
+        bounds, name = (0.0, 1.0), "digits, ResNet-20"
+    x, y = x[:count], y[:count]
+    correct = np.asarray(apply_fn(params, x).argmax(-1)) == y
+    return params, apply_fn, x[correct], y[correct], bounds, name

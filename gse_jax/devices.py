@@ -1,0 +1,47 @@
+"""One XLA device per CPU core: nearly twice the throughput, if asked for before JAX starts.
+
+XLA:CPU spreads one convolution badly over cores. With one device per core each device works on its
+own lanes. The number of CPU devices can only be set before JAX's backend starts.
+"""
+
+import logging
+import os
+
+import jax
+
+_LOGGER = logging.getLogger("gse_jax")
+_hinted = False
+
+
+def use_all_cpu_cores() -> int:
+    """Give JAX one CPU device per core; call it before anything else touches JAX's devices.
+
+    Returns:
+        Number of CPU devices asked for.
+
+    Raises:
+        RuntimeError: if JAX's backend has already started.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError as error:
+        raise RuntimeError("use_all_cpu_cores() must be called before JAX is first used: put it "
+                           "right after the imports") from error
+    return cores
+
+
+def hint_at_idle_cores(devices) -> None:
+    """Tell a CPU user once how to use all cores.
+
+    Args:
+        devices: the devices an attack is about to use.
+    """
+    global _hinted
+    cores = os.cpu_count() or 1
+    if _hinted or cores == 1 or len(devices) > 1 or devices[0].platform != "cpu":
+        return
+    _hinted = True
+    _LOGGER.warning("gse_jax runs on one CPU device of a machine with %d cores; "
+                    "gse_jax.use_all_cpu_cores() before the first use of JAX is up to twice as "
+                    "fast", cores)

@@ -1,0 +1,222 @@
+"""One attack on one data set in memory: run it, look at it afresh, keep it in one file.
+
+`evaluate` is the road for large sets; this is the short one behind `gse-jax demo` and
+`gse-jax attack`, and the file that `gse-jax explain` reads.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gse_jax.attacks import Progress, attack
+from gse_jax.metrics import Summary, summary
+from gse_jax.types import ApplyFn, Status
+
+_BATCH = 256  # images per forward pass outside the attack
+
+
+class AttackRun(NamedTuple):
+    """Images, what became of them, and what the model says: NumPy arrays with leading axis N.
+
+    Attributes:
+        x: [N, H, W, C] clean images in `about["bounds"]`.
+        y: [N] true labels.
+        targets: [N] targets, -1 where untargeted.
+        adversarials: [N, H, W, C].
+        success: [N] bool, status: [N], gradient_evals: [N], forward_evals: [N], tradeoff: [N]: as
+            in AttackResult.
+        predictions_before: [N] predicted classes of `x`, from a pass of their own.
+        predictions_after: [N] of `adversarials`.
+        confidences_before: [N] probability of the predicted class.
+        confidences_after: [N].
+        ids: [N] str, sample ids.
+        about: what ran: method, preset, bounds, seconds, class names, and what the caller adds.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    targets: np.ndarray
+    adversarials: np.ndarray
+    success: np.ndarray
+    status: np.ndarray
+    gradient_evals: np.ndarray
+    forward_evals: np.ndarray
+    tradeoff: np.ndarray
+    predictions_before: np.ndarray
+    predictions_after: np.ndarray
+    confidences_before: np.ndarray
+    confidences_after: np.ndarray
+    ids: np.ndarray
+    about: dict[str, Any]
+
+    def summary(self) -> Summary:
+        """Return the run's numbers; success is the fresh pass's, not the attack's word."""
+        return summary(self.x, self, bounds=tuple(self.about["bounds"]))
+
+    @property
+    def clean_accuracy(self) -> float | None:
+        """Share of images that the model classifies correctly, None without images."""
+        return float((self.predictions_before == self.y).mean()) if len(self.y) else None
+
+
+def predict(params, apply_fn: ApplyFn, x) -> tuple[np.ndarray, np.ndarray]:
+    """Classify images in batches of one shape.
+
+    Args:
+        params: the model's parameters.
+        apply_fn: (params, x) -> logits.
+        x: [N, H, W, C].
+
+    Returns:
+        (classes [N] int32, probabilities of these classes [N]); probability NaN where the logits
+        are not finite.
+    """
+    step = jax.jit(lambda params, x: _top(apply_fn(params, x)))
+    labels, confidences = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for start in range(0, len(x), _BATCH):
+        batch = np.asarray(x[start:start + _BATCH])
+        # The last batch is padded with its first image, so that one shape is compiled.
+        padded = np.concatenate([batch, np.repeat(batch[:1], min(_BATCH, len(x)) - len(batch), 0)])
+        label, confidence = step(params, padded)
+        labels.append(np.asarray(label)[:len(batch)])
+        confidences.append(np.asarray(confidence)[:len(batch)])
+    return np.concatenate(labels), np.concatenate(confidences)
+
+
+def _top(logits):
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    return (jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            jnp.max(probabilities, axis=-1).astype(jnp.float32))
+
+
+def next_class(y, num_classes: int) -> np.ndarray:
+    """Return the targets of the paper's first targeted setting.
+
+    Args:
+        y: [N] labels.
+        num_classes: K.
+
+    Returns:
+        [N] int32, `(y + 1) mod K`.
+    """
+    return ((np.asarray(y) + 1) % num_classes).astype(np.int32)
+
+
+def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, method: str = "gse",
+               hyperparams=None, bounds=(0.0, 1.0), key=None, lanes: int | None = None, about=None,
+               progress: Callable[[Progress], None] | None = None) -> AttackRun:
+    """Attack a data set and classify the results afresh.
+
+    Args:
+        params: as in `gse_jax.attack`.
+        apply_fn: as in `gse_jax.attack`.
+        x: as in `gse_jax.attack`.
+        y: as in `gse_jax.attack`.
+        targets: as in `gse_jax.attack`.
+        ids: [N] sample ids; None numbers them.
+        method: as in `gse_jax.attack`.
+        hyperparams: as in `gse_jax.attack`.
+        bounds: as in `gse_jax.attack`.
+        key: as in `gse_jax.attack`.
+        lanes: as in `gse_jax.attack`.
+        about: more facts to keep with the run; JSON values.
+        progress: as in `gse_jax.attack`.
+
+    Returns:
+        AttackRun. An image whose success does not hold in the fresh pass over the stored arrays
+        (which may round differently) is counted as not found.
+
+    Raises:
+        TypeError: as `gse_jax.attack`.
+        ValueError: as `gse_jax.attack`.
+    """
+    start = time.perf_counter()
+    result = attack(params, apply_fn, x, y, targets=targets, method=method,
+                    hyperparams=hyperparams, bounds=bounds, key=key, lanes=lanes,
+                    progress=progress)
+    adversarials = np.asarray(result.adversarials)
+    seconds = time.perf_counter() - start
+    before, after = predict(params, apply_fn, x), predict(params, apply_fn, adversarials)
+    fooled = after[0] == np.asarray(targets) if targets is not None else after[0] != np.asarray(y)
+    fooled &= np.isfinite(after[1])
+    success, status = _corrected(result, fooled)
+    devices = jax.local_devices()
+    values = {} if hyperparams is None else hyperparams._asdict()
+    facts = {"hyperparams": {name: float(value) for name, value in values.items()}, "method": result.method, "preset": result.preset, "bounds": list(bounds),
+             "seconds": seconds, "platform": devices[0].platform, "devices": len(devices),
+             "jax": jax.__version__}
+    return AttackRun(
+        x=np.asarray(x), y=np.asarray(y, np.int32),
+        targets=np.full(len(x), -1, np.int32) if targets is None else np.asarray(targets, np.int32),
+        adversarials=adversarials, success=success, status=status,
+        gradient_evals=np.asarray(result.gradient_evals),
+        forward_evals=np.asarray(result.forward_evals), tradeoff=np.asarray(result.tradeoff),
+        predictions_before=before[0], predictions_after=after[0],
+        confidences_before=before[1], confidences_after=after[1],
+        ids=np.asarray([str(i) for i in (range(len(x)) if ids is None else ids)], str),
+        about={**facts, **(about or {})})
+
+
+def _corrected(result, fooled):
+    """Correct the attack's flags by the fresh pass."""
+    status, success = np.asarray(result.status), np.asarray(result.success)
+    lost = (status == Status.FOUND) & ~fooled
+    return success & ~lost, np.where(lost, Status.NOT_FOUND, status).astype(np.int32)
+
+
+def save_run(run: AttackRun, path) -> Path:
+    """Write a run as one npz file, whole or not at all.
+
+    Args:
+        run: the run.
+        path: file; missing folders are made.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    arrays = {name: value for name, value in run._asdict().items() if name != "about"}
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, about=np.asarray(json.dumps(run.about)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_run(path) -> AttackRun:
+    """Read a run that `save_run` wrote.
+
+    Args:
+        path: file, or a folder with `adversarials.npz` in it.
+
+    Returns:
+        AttackRun.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a run, in one line.
+    """
+    path = Path(path)
+    path = path / "adversarials.npz" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at {path}; expected the npz file of gse-jax attack, "
+                                "or its folder")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            fields = {name: file[name] for name in AttackRun._fields}
+        return AttackRun(**{**fields, "about": json.loads(str(fields["about"]))})
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a run of gse-jax attack: {error}") from None

@@ -1,0 +1,120 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gse_jax import cli
+from gse_jax.evaluation import load_run
+
+
+def command(*arguments, timeout=600):
+    return subprocess.run([sys.executable, "-m", "gse_jax.cli", *map(str, arguments)],
+                          capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One real demo on a few images, shared by the tests of its outputs."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = command("demo", "--num", 4, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_demo_prints_the_table_and_progress(demo):
+    _, done = demo
+    for words in ("clean accuracy", "of attacked images", "ACP", "ANC", "l2 norm", "d_2,0",
+                  "gradient evaluations per image", "images per second"):
+        assert words in done.stdout, words
+    assert "4/4 images done" in done.stderr
+
+
+def test_demo_fools_the_classifier_and_says_so_truly(demo):
+    folder, _ = demo
+    from gse_jax import models
+
+    run = load_run(folder)
+    apply_fn, params = models.load("resnet20", weights="digits")
+    fooled = np.asarray(apply_fn(params, run.adversarials).argmax(-1)) != run.y
+    np.testing.assert_array_equal(fooled, run.success)
+    assert fooled.all()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_images"] == 4 and summary["asr_all"] == 1.0
+    assert summary["changed_pixels"]["mean"] == np.mean(
+        [(a != b).any(-1).sum() for a, b in zip(run.x, run.adversarials)])
+
+
+def test_demo_draws_the_picture(demo):
+    folder, _ = demo
+    assert (folder / "panel.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "panel.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_explain_writes_panels_curves_and_a_table(demo):
+    folder, _ = demo
+    assert cli.main(["explain", str(folder), "--panels", "2"]) == 0
+    out = folder / "explain"
+    for stem in ("panels", "interpretability", "success_pixels", "success_patches",
+                 "distributions"):
+        assert (out / f"{stem}.png").stat().st_size > 1000
+        assert (out / f"{stem}.pdf").stat().st_size > 1000
+    table = (out / "table.csv").read_text()
+    assert "interpretability score, 90th percentile" in table and "top 20 % of CAM" in table
+
+
+def test_attack_on_the_users_files(demo, tmp_path):
+    """npz images, a weights file, targets from a file: what the demo does, on own data."""
+    from gse_jax import data, models
+
+    images = data.load("digits", limit=2)
+    np.savez(tmp_path / "mine.npz", x=images.images, y=images.labels)
+    models.save(tmp_path / "net.safetensors", models.load("resnet20", weights="digits")[1])
+    targets = (images.labels + 3) % 10
+    np.savetxt(tmp_path / "targets.txt", targets, fmt="%d")
+    code = cli.main(["attack", "--data", f"npz:{tmp_path / 'mine.npz'}", "--model", "resnet20",
+                     "--weights", str(tmp_path / "net.safetensors"), "--normalize", "0.5/0.5",
+                     "--targets", str(tmp_path / "targets.txt"), "--limit", "2",
+                     "--hyperparams", "mu=0.1,step_size=0.1", "--out", str(tmp_path / "out")])
+    assert code == 0
+    run = load_run(tmp_path / "out")
+    np.testing.assert_array_equal(run.targets, targets)
+    np.testing.assert_array_equal(run.predictions_after == targets, run.success)
+    assert run.success.any()
+
+
+BAD = {
+    "missing data": (["attack", "--data", "npz:/nowhere.npz", "--model", "resnet20", "--weights",
+                      "digits"], "/nowhere.npz"),
+    "missing weights": (["attack", "--data", "digits", "--model", "resnet20", "--weights",
+                         "/nowhere.safetensors"], "/nowhere.safetensors"),
+    "unknown model": (["attack", "--data", "digits", "--model", "resnet21", "--weights",
+                       "digits"], "resnet21"),
+    "unknown method": (["attack", "--data", "digits", "--model", "resnet20", "--weights",
+                        "digits", "--method", "gze", "--limit", "1"], "gze"),
+    "normalize": (["attack", "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                   "--normalize", "huh"], "--normalize 'huh'"),
+    "hyperparams": (["attack", "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                     "--hyperparams", "speed=3", "--limit", "1"], "speed"),
+    "num": (["demo", "--num", "0"], "--num"),
+    "no run": (["explain", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypatch):
+    arguments, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "adversarials.npz").write_text("<html>not found</html>")
+    assert cli.main(["explain", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
