@@ -156,6 +156,19 @@ def test_progress_is_reported_and_truthful():
     assert last.gradient_evals == int(np.sum(result.gradient_evals)) <= last.lane_evals
 
 
+def test_evaluations_are_counted_exactly():
+    """A run of k steps takes k - 1 gradients beside the clean one, and k predictions."""
+    params, apply_fn, x, y = toy()
+    steps = 7
+    settings = GSESettings(num_runs=1, max_steps=steps, phase1_steps=3, num_boosted_runs=0)
+    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
+    hyperparams = hyperparams._replace(step_size=1e-7)  # too small to succeed
+    result = ATTACK(params, apply_fn, x, y, settings=settings, hyperparams=hyperparams)
+    np.testing.assert_array_equal(result.status, Status.NOT_FOUND)
+    np.testing.assert_array_equal(result.forward_evals, 1 + steps)
+    np.testing.assert_array_equal(result.gradient_evals, steps)
+
+
 def test_dead_runs_cost_no_evaluation_and_change_nothing():
     """A search that starts above the largest active trade-off: nothing but dead runs."""
     params, apply_fn, x, y = toy()
@@ -163,6 +176,7 @@ def test_dead_runs_cost_no_evaluation_and_change_nothing():
     result = ATTACK(params, apply_fn, x, y, settings=GSESettings(num_runs=3, num_boosted_runs=0),
                     hyperparams=hyperparams._replace(initial_fraction=1e4))
     np.testing.assert_array_equal(result.gradient_evals, 1)
+    np.testing.assert_array_equal(result.forward_evals, 1)
     np.testing.assert_array_equal(result.status, Status.NOT_FOUND)
     np.testing.assert_array_equal(result.adversarials, golden()["images"])
 

@@ -114,7 +114,8 @@ def test_already_misclassified_images_come_back_unchanged():
         np.testing.assert_array_equal(result.status, Status.ALREADY_MISCLASSIFIED)
         np.testing.assert_array_equal(result.success, True)
         np.testing.assert_array_equal(result.adversarials, x)
-        np.testing.assert_array_equal(result.gradient_evals, 1)
+        np.testing.assert_array_equal(result.forward_evals, 1)
+        np.testing.assert_array_equal(result.gradient_evals, 0)
 
 
 def test_a_constant_model_is_not_found_and_finite():

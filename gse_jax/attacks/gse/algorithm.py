@@ -49,7 +49,8 @@ class GSEState(NamedTuple):
         best_tradeoff: [] initial trade-off of the run that found it, 0 before that.
     Bookkeeping:
         status: [] int32 a `Status`, or RUNNING.
-        evals: [] int32 evaluations so far, 0 until the clean image was evaluated.
+        forward_evals: [] int32 evaluations so far, 0 until the clean image was evaluated.
+        gradient_evals: [] int32 those of them whose gradient was used.
     """
 
     sample: Sample  # one image
@@ -60,7 +61,8 @@ class GSEState(NamedTuple):
     best_patches: jax.Array  # [] i32
     best_tradeoff: jax.Array  # [] float
     status: jax.Array  # [] i32
-    evals: jax.Array  # [] i32
+    forward_evals: jax.Array  # [] i32
+    gradient_evals: jax.Array  # [] i32
 
 
 def _init(sample: Sample) -> GSEState:
@@ -74,7 +76,8 @@ def _init(sample: Sample) -> GSEState:
         best_patches=jnp.asarray(_UNBEATEN, jnp.int32),
         best_tradeoff=zero,
         status=jnp.asarray(RUNNING, jnp.int32),
-        evals=jnp.zeros((), jnp.int32),
+        forward_evals=jnp.zeros((), jnp.int32),
+        gradient_evals=jnp.zeros((), jnp.int32),
     )
 
 
@@ -113,7 +116,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(gradient))
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
 
-        clean = state.evals == 0
+        clean = state.forward_evals == 0
         clean_gradient = jnp.where(clean, gradient, state.clean_gradient)
 
         # How did the run end, if it did?
@@ -136,6 +139,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                         step_size=step_size_of(search, settings, params),
                         settings=settings, hyperparams=params)
 
+        # The last iterate of a run is asked for its prediction only.
+        used = finite & ~(succeeded | failed | (clean & adversarial))
         found = search.found
         verdict = jnp.where(over, jnp.where(found, Status.FOUND, Status.NOT_FOUND), RUNNING)
         verdict = jnp.where(clean & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)
@@ -151,13 +156,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             best_patches=jnp.where(better, patches, state.best_patches),
             best_tradeoff=jnp.where(better, state.search.tradeoff, state.best_tradeoff),
             status=verdict.astype(jnp.int32),
-            evals=state.evals + 1,
+            forward_evals=state.forward_evals + 1,
+            gradient_evals=state.gradient_evals + used.astype(jnp.int32),
         )
 
     def finish(state: GSEState) -> Outcome:
         success = (state.status == Status.FOUND) | (state.status == Status.ALREADY_MISCLASSIFIED)
-        return Outcome(state.best, success, state.status, state.evals, state.evals,
-                       state.best_tradeoff)
+        return Outcome(state.best, success, state.status, state.gradient_evals,
+                       state.forward_evals, state.best_tradeoff)
 
     return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish)
 
