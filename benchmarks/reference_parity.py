@@ -37,6 +37,7 @@ def main():
         numbers = metrics.summary(x, result, bounds=bounds)
         row = {"attack": word, "model": name, "images": len(x), "ASR": numbers.asr_attacked,
                "evals_per_image": numbers.gradient_evals.mean,
+               "forwards_per_image": numbers.forward_evals.mean,
                "seconds_per_image_with_compilation": seconds / len(x)}
         published = {k: golden[f"{word[0]}_{k}"] for k in ("ACP", "ANC", "l2", "d20")}
         ours = {"ACP": numbers.changed_pixels, "ANC": numbers.num_clusters, "l2": numbers.l2,

@@ -195,8 +195,8 @@ def _table(run):
     total, seconds = numbers.num_images, run.about["seconds"]
     return [
         ("clean accuracy", share(round((run.clean_accuracy or 0) * total), total)),
-        ("attack success rate, of attacked images", share(numbers.num_found,
-                                                          numbers.num_attacked)),
+        ("attack success rate, of correctly classified",
+         share(numbers.num_found, numbers.num_attacked)),
         ("attack success rate, of all images", share(int(run.success.sum()), total)),
         ("changed pixels (ACP)", mean(numbers.changed_pixels, 2)),
         ("clusters of changed pixels (ANC)", mean(numbers.num_clusters, 2)),

@@ -30,8 +30,8 @@ class AttackRun(NamedTuple):
         y: [N] true labels.
         targets: [N] targets, -1 where untargeted.
         adversarials: [N, H, W, C].
-        success: [N] bool, status: [N], gradient_evals: [N], forward_evals: [N], tradeoff: [N]: as
-            in AttackResult.
+        success: [N] bool; the fresh pass's word: not `y`, or the target.
+        status: [N], gradient_evals: [N], forward_evals: [N], tradeoff: [N]: as in AttackResult.
         predictions_before: [N] predicted classes of `x`, from a pass of their own.
         predictions_after: [N] of `adversarials`.
         confidences_before: [N] probability of the predicted class.
@@ -112,7 +112,7 @@ def next_class(y, num_classes: int) -> np.ndarray:
 def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, method: str = "gse",
                hyperparams=None, bounds=(0.0, 1.0), key=None, lanes: int | None = None, about=None,
                progress: Callable[[Progress], None] | None = None) -> AttackRun:
-    """Attack a data set and classify the results afresh.
+    """Attack the correctly classified images of a data set and classify the results afresh.
 
     Args:
         params: as in `gse_jax.attack`.
@@ -130,45 +130,54 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         progress: as in `gse_jax.attack`.
 
     Returns:
-        AttackRun. An image whose success does not hold in the fresh pass over the stored arrays
-        (which may round differently) is counted as not found.
+        AttackRun. Images that the model misclassifies are not attacked and come back unchanged
+        as ALREADY_MISCLASSIFIED. An image whose success does not hold in the fresh pass over the
+        stored arrays (which may round differently) is counted as not found.
 
     Raises:
         TypeError: as `gse_jax.attack`.
         ValueError: as `gse_jax.attack`.
     """
+    x, y = np.asarray(x), np.asarray(y)
+    before = predict(params, apply_fn, x)
+    chosen = np.flatnonzero(before[0] == y)
     start = time.perf_counter()
-    result = attack(params, apply_fn, x, y, targets=targets, method=method,
-                    hyperparams=hyperparams, bounds=bounds, key=key, lanes=lanes,
+    result = attack(params, apply_fn, x[chosen], y[chosen],
+                    targets=None if targets is None else np.asarray(targets)[chosen],
+                    method=method, hyperparams=hyperparams, bounds=bounds, key=key, lanes=lanes,
                     progress=progress)
-    adversarials = np.asarray(result.adversarials)
+    adversarials = x.copy()
+    adversarials[chosen] = np.asarray(result.adversarials)
     seconds = time.perf_counter() - start
-    before, after = predict(params, apply_fn, x), predict(params, apply_fn, adversarials)
-    fooled = after[0] == np.asarray(targets) if targets is not None else after[0] != np.asarray(y)
+    after = predict(params, apply_fn, adversarials)
+    fooled = after[0] == np.asarray(targets) if targets is not None else after[0] != y
     fooled &= np.isfinite(after[1])
-    success, status = _corrected(result, fooled)
+    status = np.full(len(x), Status.ALREADY_MISCLASSIFIED, np.int32)
+    # A success that does not survive the fresh pass is none.
+    status[chosen] = np.where((np.asarray(result.status) == Status.FOUND) & ~fooled[chosen],
+                              Status.NOT_FOUND, result.status)
+
+    def spread(values):
+        full = np.zeros(len(x), values.dtype)
+        full[chosen] = np.asarray(values)
+        return full
+
     devices = jax.local_devices()
     values = {} if hyperparams is None else hyperparams._asdict()
-    facts = {"hyperparams": {name: float(value) for name, value in values.items()}, "method": result.method, "preset": result.preset, "bounds": list(bounds),
+    facts = {"hyperparams": {name: float(value) for name, value in values.items()},
+             "method": result.method, "preset": result.preset, "bounds": list(bounds),
              "seconds": seconds, "platform": devices[0].platform, "devices": len(devices),
              "jax": jax.__version__}
     return AttackRun(
-        x=np.asarray(x), y=np.asarray(y, np.int32),
+        x=x, y=y.astype(np.int32),
         targets=np.full(len(x), -1, np.int32) if targets is None else np.asarray(targets, np.int32),
-        adversarials=adversarials, success=success, status=status,
-        gradient_evals=np.asarray(result.gradient_evals),
-        forward_evals=np.asarray(result.forward_evals), tradeoff=np.asarray(result.tradeoff),
+        adversarials=adversarials, success=fooled, status=status,
+        gradient_evals=spread(result.gradient_evals), forward_evals=spread(result.forward_evals),
+        tradeoff=spread(result.tradeoff),
         predictions_before=before[0], predictions_after=after[0],
         confidences_before=before[1], confidences_after=after[1],
         ids=np.asarray([str(i) for i in (range(len(x)) if ids is None else ids)], str),
         about={**facts, **(about or {})})
-
-
-def _corrected(result, fooled):
-    """Correct the attack's flags by the fresh pass."""
-    status, success = np.asarray(result.status), np.asarray(result.success)
-    lost = (status == Status.FOUND) & ~fooled
-    return success & ~lost, np.where(lost, Status.NOT_FOUND, status).astype(np.int32)
 
 
 def save_run(run: AttackRun, path) -> Path:

@@ -1,0 +1,83 @@
+"""A run in memory: who is attacked, what is believed, what is kept."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gse_jax import Status
+from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
+from tests.toy_model import toy
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untargeted", "targeted"])
+def run(request):
+    params, apply_fn, x, y = toy()
+    y = np.asarray(y).copy()
+    y[1] = (y[1] + 1) % 5  # misclassified from the start
+    targets = (y + 2) % 5 if request.param else None
+    return run_attack(params, apply_fn, x, y, targets=targets, bounds=(-1.0, 1.0),
+                      about={"class_names": list("abcde")})
+
+
+def test_only_correctly_classified_images_are_attacked(run):
+    params, apply_fn, x, _ = toy()
+    assert run.status[1] == Status.ALREADY_MISCLASSIFIED and run.forward_evals[1] == 0
+    np.testing.assert_array_equal(run.adversarials[1], x[1])
+    attacked = np.arange(6) != 1
+    assert (run.status[attacked] != Status.ALREADY_MISCLASSIFIED).all()
+    predicted = np.asarray(apply_fn(params, jnp.asarray(run.adversarials)).argmax(-1))
+    np.testing.assert_array_equal(run.predictions_after, predicted)
+    wanted = predicted == run.targets if run.targets[0] >= 0 else predicted != run.y
+    np.testing.assert_array_equal(run.success, wanted)
+    numbers = run.summary()
+    assert numbers.num_attacked == 5 and numbers.num_images == 6
+    np.testing.assert_allclose(run.clean_accuracy, 5 / 6)
+
+
+def test_a_run_survives_the_disk(run, tmp_path):
+    path = save_run(run, tmp_path / "deep" / "adversarials.npz")
+    for source in (path, path.parent):
+        again = load_run(source)
+        for name, value in run._asdict().items():
+            if name == "about":
+                assert again.about == value
+            else:
+                np.testing.assert_array_equal(getattr(again, name), value)
+    assert [p.name for p in path.parent.iterdir()] == ["adversarials.npz"]  # no temporary left
+
+
+def test_a_success_that_a_fresh_pass_denies_is_none():
+    """A model that rounds differently by batch size: 6 lanes are fooled, a batch of 5 is not."""
+    params, apply_fn, x, y = toy()
+
+    def fickle(params, images):
+        shape_dependent = images.shape[0] <= 4  # the attack's lanes, four devices of up to two
+        return apply_fn(params, images) if shape_dependent else apply_fn(
+            params, jnp.repeat(x[:1], images.shape[0], 0)) * 0 + jnp.eye(5)[y[0]][None]
+
+    same = np.flatnonzero(np.asarray(y) == int(y[0]))
+    x5, y5 = jnp.repeat(x[same[:1]], 5, 0), np.repeat(np.asarray(y)[same[:1]], 5)
+    run = run_attack(params, fickle, x5, y5, bounds=(-1.0, 1.0), lanes=4)
+    np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
+    assert not run.success.any()
+
+
+def test_explanation_of_a_model_without_features(run):
+    params, apply_fn, _, _ = toy()
+    explanation = explain(run, params, apply_fn)
+    assert explanation.activation is None and explanation.activation_overlap is None
+    assert explanation.saliency.shape == run.x.shape[:3]
+    scores = explanation.interpretability[explanation.found]
+    assert np.isfinite(scores).all() and (np.diff(scores, axis=1) <= 1e-12).all()
+
+
+def test_predict_equals_one_call_for_any_number():
+    params, apply_fn, x, _ = toy()
+    for count in (0, 1, 6):
+        labels, confidences = predict(params, apply_fn, x[:count])
+        assert labels.shape == confidences.shape == (count,)
+        np.testing.assert_array_equal(labels, apply_fn(params, x[:count]).argmax(-1))
+
+
+def test_next_class_wraps():
+    np.testing.assert_array_equal(next_class([0, 8, 9], 10), [1, 9, 0])
