@@ -22,7 +22,7 @@ EDGES = {
     "report": {"report", "types"},
     "evaluation": {"evaluation", "attacks", "metrics", "models", "data", "ops", "types", "devices"},
     "cli": {"attacks", "data", "devices", "evaluation", "metrics", "models", "report", "types",
-            "cli", "cli_evaluate"},
+            "cli"},
 }
 BANNED_NAMES = {"eps", "epsilon", "n_iter", "num_steps_total", "max_iter", "iters", "x_adv",
                 "adv_x", "lam", "lambda_", "num_iter", "niter", "nb_iter"}

@@ -1,0 +1,91 @@
+"""`gse-jax explain`: panels, curves and a table for a finished run."""
+
+from pathlib import Path
+
+from gse_jax.cli import options, output
+
+
+def add_commands(commands) -> None:
+    """Add `explain` to the parser.
+
+    Args:
+        commands: what `add_subparsers` returned.
+    """
+    explain = commands.add_parser("explain", help="panels, curves and a table for a finished run")
+    explain.add_argument("path", metavar="RUN_OR_NPZ", help="folder or npz of demo or attack")
+    options.add_model(explain, required=False)
+    explain.add_argument("--panels", type=int, default=output.NUM_PANELS, help="images to draw")
+    explain.add_argument("--out", help="folder (default: explain/ beside the run)")
+    explain.set_defaults(run=_explain)
+
+
+def _explain(args):
+    from gse_jax import models
+    from gse_jax.evaluation import explain, load_run
+
+    options.require_positive("--panels", args.panels)
+    run = load_run(args.path)
+    chosen = {name: getattr(args, name) or run.about.get(name)
+              for name in ("model", "weights", "normalize")}
+    for name, value in chosen.items():
+        if value is None:
+            raise ValueError(f"the run does not say its {name}; pass --{name}")
+    apply_fn, params = models.load(chosen["model"], weights=chosen["weights"],
+                                   normalize=options.normalization(chosen["normalize"]))
+    explanation = explain(run, params, apply_fn)
+    path = Path(args.path)
+    folder = Path(args.out or (path if path.is_dir() else path.parent) / "explain")
+    heat_maps = {"saliency": explanation.saliency}
+    if explanation.activation is not None:
+        # Evidence for the class only, as in the paper's figures.
+        heat_maps["CAM"] = explanation.activation.clip(min=0)
+    written = [*output.draw_panel(run, folder / "panels", args.panels, heat_maps),
+               *_draw_curves(run, explanation, folder)]
+    rows = output.table(run) + _explanation_rows(explanation)
+    csv = folder / "table.csv"
+    csv.write_text("".join(f'"{name}","{value}"\n'
+                           for name, value in [("metric", "value"),
+                                                                        *rows]), encoding="utf-8")
+    output.print_table(rows, "explanation")
+    print("written: " + ", ".join(str(p) for p in (*written, csv)))
+
+
+def _draw_curves(run, explanation, folder):
+    import numpy as np
+
+    from gse_jax import Status, metrics, report
+    from gse_jax.evaluation import PERCENTILES
+
+    name, found = run.about["method"], explanation.found
+    attacked = run.status != Status.ALREADY_MISCLASSIFIED
+    numbers = metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
+    written = [*report.save_figure(report.interpretability_curves(
+        PERCENTILES, {name: explanation.interpretability[found]}), folder / "interpretability")]
+    for stem, label, counts in (("success_pixels", "changed pixels k", numbers.changed_pixels),
+                                ("success_patches", "patches k", numbers.patch_count)):
+        budgets = np.arange(int(counts[found].max(initial=1)) + 1)
+        rates = metrics.success_at_k(counts, found, budgets, attacked=attacked)
+        written += report.save_figure(report.success_curves(budgets, {name: np.asarray(rates)},
+                                                            xlabel=label), folder / stem)
+    samples = {"ACP": numbers.changed_pixels, "ANC": numbers.num_clusters,
+               "d_{2,0}": numbers.patch_count}
+    return written + [*report.save_figure(report.distribution_plots(
+        {metric: {name: values[found]} for metric, values in samples.items()}),
+        folder / "distributions")]
+
+
+def _explanation_rows(explanation):
+    from gse_jax.evaluation import PERCENTILES
+
+    found = explanation.found
+    rows = [(f"interpretability score, {p}th percentile",
+             f"{explanation.interpretability[found, i].mean():.3f}" if found.any() else "-")
+            for i, p in enumerate(PERCENTILES)]
+    for name, overlap in (("saliency", explanation.saliency_overlap),
+                          ("CAM", explanation.activation_overlap)):
+        if overlap is not None and found.any():
+            score, control = overlap.score[found], overlap.control[found]
+            rows.append((f"changed pixels in the top 20 % of {name}",
+                         f"{score.mean():.3f} (same mask anywhere: {control.mean():.3f}; "
+                         f"{(score > control).mean():.0%} of images above)"))
+    return rows

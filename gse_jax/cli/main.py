@@ -1,0 +1,41 @@
+"""The `gse-jax` command: one parser, one module for each group of commands."""
+
+import argparse
+import contextlib
+import sys
+
+from gse_jax.cli import attack, explain
+
+
+def main(argv=None) -> int:
+    """Run `gse-jax`.
+
+    Args:
+        argv: arguments; None for those of the process.
+
+    Returns:
+        Exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
+    """
+    args = _parser().parse_args(argv)
+    from gse_jax.devices import use_all_cpu_cores
+
+    with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
+        use_all_cpu_cores()
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"gse-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gse-jax: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="gse-jax", description="Group-wise sparse, explainable adversarial attacks in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (attack, explain):
+        module.add_commands(commands)
+    return parser

@@ -1,0 +1,73 @@
+"""Options that several commands share, and how their texts become values."""
+
+NORMALIZATIONS = {
+    "half": (0.5, 0.5),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": (0.0, 1.0),
+}
+
+
+def add_model(parser, *, required):
+    """Add --model, --weights and --normalize to a command."""
+    hint = "" if required else " (default: what the run says)"
+    parser.add_argument("--model", required=required, help=f"resnet20, 32, 44 or 56{hint}")
+    parser.add_argument("--weights", required=required,
+                        help=f"safetensors or npz in PyTorch layout, or digits{hint}")
+    parser.add_argument("--normalize", default="half" if required else None,
+                        metavar="half|imagenet|none|MEAN/STD",
+                        help="what the model does to images in [0, 1]; three numbers each may be "
+                             f"given as 0.49,0.48,0.45/0.25,0.24,0.26{hint or ' (default half)'}")
+
+
+def normalization(text):
+    """Turn `half`, `imagenet`, `none` or MEAN/STD into (mean, std)."""
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        mean, std = ([float(v) for v in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--normalize {text!r} is unknown; use {', '.join(NORMALIZATIONS)} or "
+                         "MEAN/STD such as 0.5/0.5") from None
+    return mean, std
+
+
+def targets(text, y, num_classes):
+    """Turn `next` or a file with one class a line into targets; None for an untargeted attack."""
+    from gse_jax.evaluation import next_class
+
+    if text is None or text == "next":
+        return None if text is None else next_class(y, num_classes)
+    import numpy as np
+
+    try:
+        targets = np.loadtxt(text, dtype=np.int32, ndmin=1)
+    except ValueError as error:
+        raise ValueError(f"--targets {text}: expected one class number a line; {error}") from None
+    return targets[:len(y)]
+
+
+def hyperparams(text, method, image_shape, targeted):
+    """Turn NAME=VALUE,... into the preset with these changes; None without changes."""
+    if not text:
+        return None
+    from gse_jax.attacks import default_domain, preset
+
+    _, values = preset(method, default_domain(image_shape), targeted)
+    changes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            changes[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--hyperparams: {part!r} is not NAME=VALUE") from None
+    unknown = sorted(changes.keys() - values._asdict().keys())
+    if unknown:
+        raise ValueError(f"--hyperparams: {method} has no {unknown[0]!r}; it has "
+                         f"{', '.join(values._asdict())}")
+    return values._replace(**changes)
+
+
+def require_positive(name, value):
+    """Refuse an integer option below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
