@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 
-from gse_jax.cli import attack, explain
+from gse_jax.cli import attack, evaluate, explain
 
 
 def main(argv=None) -> int:
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
         print(f"gse-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("gse-jax: interrupted; nothing was written", file=sys.stderr)
+        print("gse-jax: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -36,6 +36,6 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="gse-jax", description="Group-wise sparse, explainable adversarial attacks in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (attack, explain):
+    for module in (attack, explain, evaluate):
         module.add_commands(commands)
     return parser

@@ -7,9 +7,9 @@ NORMALIZATIONS = {
 }
 
 
-def add_model(parser, *, required):
+def add_model(parser, *, required, hint=" (default: what the run says)"):
     """Add --model, --weights and --normalize to a command."""
-    hint = "" if required else " (default: what the run says)"
+    hint = "" if required else hint
     parser.add_argument("--model", required=required, help=f"resnet20, 32, 44 or 56{hint}")
     parser.add_argument("--weights", required=required,
                         help=f"safetensors or npz in PyTorch layout, or digits{hint}")

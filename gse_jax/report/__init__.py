@@ -1,4 +1,7 @@
-"""Arrays and records -> figures. Imports only `gse_jax.types`; matplotlib when first used."""
+"""Arrays and records -> figures, tables and a page. Imports only `gse_jax.types`.
+
+matplotlib and jinja2 (extra `[report]`) are imported when first used.
+"""
 
 from gse_jax.report.figures import save_figure
 from gse_jax.report.figures_curves import (
@@ -7,6 +10,8 @@ from gse_jax.report.figures_curves import (
     success_curves,
 )
 from gse_jax.report.figures_panel import Prediction, attack_panel
+from gse_jax.report.page import write_page
+from gse_jax.report.tables import write_tables
 
 __all__ = [
     "Prediction",
@@ -15,4 +20,6 @@ __all__ = [
     "interpretability_curves",
     "save_figure",
     "success_curves",
+    "write_page",
+    "write_tables",
 ]

@@ -11,8 +11,9 @@ References:
 
 import contextlib
 import io
-import os
 from pathlib import Path
+
+from gse_jax.report.files import write_whole
 
 COLUMN_WIDTH = 3.3  # Inches: one column of a two-column paper.
 FONT_SIZE = 6.5  # Points: the smallest that stays readable when printed at that width.
@@ -110,7 +111,6 @@ def save_figure(figure, path_stem, *, dpi=300):
         None.
     """
     stem = Path(path_stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     nothing = {
         "png": {"Software": None},
         "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -120,12 +120,5 @@ def save_figure(figure, path_stem, *, dpi=300):
         buffer = io.BytesIO()
         with drawing_style():
             figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-        path = stem.with_name(f"{stem.name}.{kind}")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(buffer.getvalue())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        paths.append(path)
+        paths.append(write_whole(stem.with_name(f"{stem.name}.{kind}"), buffer.getvalue()))
     return tuple(paths)

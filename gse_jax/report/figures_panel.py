@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gse_jax.report.figures import COLUMN_WIDTH, FONT_SIZE, drawing_style
+from gse_jax.report.tiles import changed_places, overlay_tile, to_unit
 from gse_jax.types import Status
 
-_RED = (0.82, 0.05, 0.05)
 _WORDS = {
     Status.NOT_FOUND: "not found",
     Status.ALREADY_MISCLASSIFIED: "already wrong",
@@ -93,11 +93,11 @@ def attack_panel(
     with drawing_style() as matplotlib:
         page = _Page(matplotlib, headings, len(x), x.shape[1:3], width)
         for row in range(len(x)):
-            unit = [_to_unit(images[row], bounds) for images in (x, adversarials)]
-            changed = _changed(x[row], adversarials[row])
+            unit = [to_unit(images[row], bounds) for images in (x, adversarials)]
+            changed = changed_places(x[row], adversarials[row])
             factor = _factor(unit, amplification)
             tiles = [*unit, _change_tile(unit, factor), _mask_tile(changed),
-                     _overlay_tile(unit[0], changed)]
+                     overlay_tile(unit[0], changed)]
             for column, tile in enumerate(tiles):
                 page.tile(row, column, tile)
             for column, maps in enumerate(heat_maps.values(), len(tiles)):
@@ -132,19 +132,6 @@ def _check(x, adversarials, before, after, heat_maps, status):
             raise ValueError(f"heat map {name!r} must be [N, H, W], got {maps.shape}")
 
 
-def _to_unit(image, bounds):
-    low, high = bounds
-    unit = (image - low) / (high - low)
-    # A broken image is drawn grey where it is broken; its caption says what happened.
-    unit = np.clip(np.nan_to_num(unit, nan=0.5), 0, 1)
-    return np.repeat(unit, 3, axis=-1) if unit.shape[-1] == 1 else unit
-
-
-def _changed(clean, adversarial):
-    same = (clean == adversarial) | (np.isnan(clean) & np.isnan(adversarial))
-    return ~same.all(axis=-1)
-
-
 def _factor(unit, amplification):
     if amplification is not None:
         return float(amplification)
@@ -159,12 +146,6 @@ def _change_tile(unit, factor):
 
 def _mask_tile(changed):
     return np.repeat(changed[..., None].astype(float), 3, axis=-1)
-
-
-def _overlay_tile(unit, changed):
-    grey = unit @ np.array([0.2126, 0.7152, 0.0722])  # Rec. 709 luminance.
-    faded = np.repeat(0.45 + 0.55 * grey[..., None], 3, axis=-1)
-    return np.where(changed[..., None], np.array(_RED), faded)
 
 
 def _lines(prediction, row, class_names):

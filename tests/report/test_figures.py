@@ -53,7 +53,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("gse_jax.report.figures.os.replace", full)
+    monkeypatch.setattr("gse_jax.report.files.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         report.save_figure(make_figure(), tmp_path / "curve")
     assert list(tmp_path.iterdir()) == []

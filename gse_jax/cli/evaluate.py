@@ -1,0 +1,158 @@
+"""`gse-jax evaluate`, `check`, `verify` and `report`: large evaluations that survive anything."""
+
+import json
+from pathlib import Path
+
+from gse_jax.cli import options
+
+
+def add_commands(commands) -> None:
+    """Add `evaluate`, `check`, `verify` and `report` to the parser.
+
+    Args:
+        commands: what `add_subparsers` returned.
+    """
+    evaluate = commands.add_parser(
+        "evaluate", help="attack a data set into a run directory; call it again to resume",
+        description="Attack every correctly classified image, and store each result. Called again "
+                    "with the same arguments it goes on where it stopped.")
+    evaluate.add_argument("--plan", help="TOML or JSON file with data, model and attacks")
+    _add_plan_flags(evaluate)
+    evaluate.add_argument("--method", default="gse", help="name of the attack (default gse)")
+    evaluate.add_argument("--offsets", help="targeted: label + 1, + 3, ... as 1,3; default "
+                                            "untargeted")
+    evaluate.add_argument("--target-file", default="", help="targeted: sample ids and targets "
+                                                            "(.csv, .json, .npy)")
+    evaluate.add_argument("--lanes", type=int, help="images worked on at a time")
+    evaluate.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
+    evaluate.add_argument("--out", default="gse-run", help="run directory (default gse-run)")
+    evaluate.add_argument("--shard", metavar="I/N", help="do part I of N only (array jobs)")
+    evaluate.add_argument("--engine", default="local", choices=("local", "distributed", "ray"))
+    evaluate.add_argument("--allow-mismatch", action="store_true",
+                          help="go on in a directory of other weights, data or settings")
+    evaluate.add_argument("--force", action="store_true", help="go on although a check found an "
+                                                               "error")
+    evaluate.set_defaults(run=_evaluate)
+
+    check = commands.add_parser("check", help="look for what makes an evaluation worthless")
+    _add_plan_flags(check)
+    check.add_argument("--plan", help="TOML or JSON file with data and model")
+    check.set_defaults(run=_check)
+
+    verify = commands.add_parser("verify", help="classify and measure the stored images afresh")
+    verify.add_argument("path", metavar="RUN", help="run directory of evaluate")
+    verify.add_argument("--quantize", action="store_true", help="after rounding to 8 bits")
+    verify.set_defaults(run=_verify)
+
+    report = commands.add_parser("report", help="one HTML page, and tables, of one or more runs")
+    report.add_argument("paths", metavar="RUN", nargs="+", help="run directories of evaluate")
+    report.add_argument("--out", help="folder (default: report/ in the first run)")
+    report.set_defaults(run=_report)
+
+
+def _add_plan_flags(parser):
+    parser.add_argument("--data", default="", help="digits, npz:FILE or tfds:NAME:SPLIT")
+    options.add_model(parser, required=False, hint="")
+    parser.add_argument("--limit", type=int, help="take the first N images only")
+    parser.add_argument("--expected-accuracy", type=float, help="clean accuracy to expect, 0 to 1")
+
+
+def _plan(args):
+    """The plan of a file, or of the flags."""
+    from gse_jax.evaluation import Plan, load_plan
+
+    if args.plan:
+        return load_plan(args.plan)
+    for name in ("data", "model", "weights"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; pass --data, --model and --weights, or --plan")
+    options.require_positive("--limit", args.limit)
+    attack = {"method": getattr(args, "method", "gse")}
+    if getattr(args, "offsets", None):
+        attack["offsets"] = _integers("--offsets", args.offsets)
+    if getattr(args, "target_file", ""):
+        attack["target_file"] = args.target_file
+    return Plan.from_dict({
+        "data": args.data, "model": args.model, "weights": args.weights, "limit": args.limit,
+        "normalize": options.normalization(args.normalize or "half"), "attacks": [attack],
+        "expected_accuracy": args.expected_accuracy, "seed": getattr(args, "seed", 0),
+        "lanes": getattr(args, "lanes", None)})
+
+
+def _integers(name, text):
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers such as 1,3, got {text!r}") from None
+
+
+def _evaluate(args):
+    from gse_jax.evaluation import display, evaluate, parse_shard
+
+    plan = _plan(args)
+    shard = parse_shard(args.shard) if args.shard else None
+    with display() as show:
+        run = evaluate(plan, args.out, shard=shard, engine=args.engine, on_progress=show,
+                       allow_mismatch=args.allow_mismatch, force=args.force)
+    for finding in run.manifest.get("findings", ()):
+        if finding["severity"] != "info":
+            print(f"{finding['severity']}: {finding['message']} {finding['fix']}")
+    done = len(run.records)
+    print(f"{done} of {run.total} results in {args.out}")
+    if done == run.total:
+        _write_report([_with_verification(run)], Path(args.out) / "report")
+
+
+def _check(args):
+    from gse_jax import data, models
+    from gse_jax.evaluation import check
+
+    plan = _plan(args)
+    images = data.load(plan.data, limit=plan.limit)
+    apply_fn, params = models.load(plan.model, weights=plan.weights, normalize=plan.normalize)
+    findings = check(params, apply_fn, images.images, images.labels, bounds=plan.bounds,
+                     expected_accuracy=plan.expected_accuracy)
+    for finding in findings:
+        print(f"{finding.severity}: {finding.name}: {finding.message} {finding.fix}".rstrip())
+    worst = [f for f in findings if f.severity == "error"]
+    if worst:
+        raise ValueError(f"{len(worst)} of the checks found an error")
+
+
+def _verify(args):
+    from gse_jax.evaluation import verify
+
+    result = verify(args.path, quantize=args.quantize)
+    for name, case in result.cases.items():
+        print(f"{name}: {json.dumps(case._asdict())}")
+    for problem in result.problems[:20]:
+        print(f"problem: {problem}")
+    if not result.ok:
+        raise ValueError(f"verification found {result.num_problems} problems; all are in "
+                         f"{result.path}")
+    print("verified: every success holds in a fresh forward pass")
+
+
+def _report(args):
+    from gse_jax.evaluation import open_run
+
+    runs = [_with_verification(open_run(path)) for path in args.paths]
+    _write_report(runs, Path(args.out) if args.out else Path(args.paths[0]) / "report")
+
+
+def _with_verification(run):
+    """Give the run what the page shows beside its records: a name, and what verify found."""
+    run.name = run.path.name
+    path = run.path / "verification.json"
+    if path.is_file():
+        run.manifest["verification"] = json.loads(path.read_text(encoding="utf-8"))
+    return run
+
+
+def _write_report(runs, folder):
+    from gse_jax import report
+
+    page = report.write_page(runs, folder / "index.html")
+    tables = report.write_tables(runs, folder)
+    print("written: " + ", ".join(str(p) for p in (page, *tables)))
+    print(next(p for p in tables if p.name == "summary.md").read_text(encoding="utf-8"))

@@ -1,0 +1,298 @@
+"""Records -> numbers: per case, and over the targets of the targeted protocol.
+
+Averages are over found adversarials only and never hold a failure; failures are counted beside
+them. Success rates have both denominators in use. Quarantined images, which no attack has seen,
+are in neither.
+
+References:
+    arXiv 2311.17434 (ASR, ACP, ANC, l2, d_{2,0}; best / average / worst over targets);
+    Wilson, J. Am. Stat. Assoc. 22 (1927), the interval of a rate.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+ATTACKED = ("found", "not_found", "non_finite")
+STATUSES = (*ATTACKED, "already_misclassified", "quarantined")
+_Z = 1.959964  # Of the normal distribution, for 95 %.
+_TARGETED = re.compile(r"(?P<method>.+)/targeted(?P<target>.*)", re.DOTALL)
+
+
+class Metric(NamedTuple):
+    """Say how a number of the records is called.
+
+    Attributes:
+        key: field of the record.
+        short: heading of a table column; its mean is the paper's metric of that name.
+        long: in words.
+        latex: heading in LaTeX.
+    """
+
+    key: str
+    short: str
+    long: str
+    latex: str
+
+
+SPARSITY = (
+    Metric("changed_pixels", "ACP", "changed pixels", "ACP"),
+    Metric("num_clusters", "ANC", "clusters of changed pixels", "ANC"),
+    Metric("l2", "\u2113\u2082", "l2 norm, images in [-1, 1]", r"$\ell_2$"),
+    Metric("patch_count", "d\u2082,\u2080", "patches that hold a changed pixel", r"$d_{2,0}$"),
+)
+COSTS = (
+    Metric("gradient_evals", "gradients", "gradient evaluations", "grad.\\ evals"),
+    Metric("forward_evals", "forwards", "forward evaluations", "fwd.\\ evals"),
+)
+
+
+class Spread(NamedTuple):
+    """Hold mean, median and standard error of a sample; None where they do not exist.
+
+    Attributes:
+        mean: arithmetic mean.
+        median: median.
+        error: sample standard deviation (n - 1) / sqrt(n).
+        count: n.
+    """
+
+    mean: float | None
+    median: float | None
+    error: float | None
+    count: int
+
+
+class Rate(NamedTuple):
+    """Hold a success rate; None where nothing was counted.
+
+    Attributes:
+        share: hits / total.
+        hits: successes.
+        total: the denominator.
+        low: lower end of the 95 % Wilson interval.
+        high: upper end.
+    """
+
+    share: float | None
+    hits: int
+    total: int
+    low: float | None
+    high: float | None
+
+
+class CaseSummary(NamedTuple):
+    """Hold one row of the headline table.
+
+    Attributes:
+        run: name of the run.
+        case: e.g. "gse/untargeted".
+        counts: {status: images} for every status.
+        asr_all: successes / all images that are not quarantined; counts images that the model
+            misclassified from the start where the record says success.
+        asr_attacked: found / attacked.
+        spreads: {record field: `Spread`}; `SPARSITY` over found, `COSTS` over attacked images.
+    """
+
+    run: str
+    case: str
+    counts: dict
+    asr_all: Rate
+    asr_attacked: Rate
+    spreads: dict
+
+
+class TargetedSummary(NamedTuple):
+    """Hold one row (best, average or worst target) of the targeted protocol.
+
+    Attributes:
+        run: name of the run.
+        method: the cases' name before "/targeted".
+        kind: "best", "average" or "worst".
+        targets: how many targets were attacked per image.
+        rate: successes of this kind / cases of this kind. Best and worst count images, average
+            counts image-target pairs; worst succeeds where every target was reached.
+        spreads: {record field: `Spread`}; each metric has its own best and worst target.
+    """
+
+    run: str
+    method: str
+    kind: str
+    targets: int
+    rate: Rate
+    spreads: dict
+
+
+def by_case(records):
+    """Group records by case, in the order in which the cases first come.
+
+    Args:
+        records: list of records.
+
+    Returns:
+        {case: list of records}.
+
+    References:
+        None.
+    """
+    groups = {}
+    for record in records:
+        groups.setdefault(record["case"], []).append(record)
+    return groups
+
+
+def is_targeted(case):
+    """Tell a targeted case from an untargeted one by its name.
+
+    Args:
+        case: e.g. "gse/targeted+1".
+
+    Returns:
+        The part before "/targeted", or None.
+
+    References:
+        None.
+    """
+    match = _TARGETED.fullmatch(case)
+    return match["method"] if match else None
+
+
+def spread(values):
+    """Describe a sample.
+
+    Args:
+        values: numbers; None among them is left out.
+
+    Returns:
+        `Spread`.
+
+    References:
+        arXiv 2311.17434.
+    """
+    values = np.asarray([v for v in values if v is not None], np.float64)
+    n = values.size
+    if n == 0:
+        return Spread(None, None, None, 0)
+    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Spread(float(values.mean()), float(np.median(values)), error, n)
+
+
+def rate(hits, total):
+    """Describe a success rate.
+
+    Args:
+        hits: successes.
+        total: the denominator.
+
+    Returns:
+        `Rate`.
+
+    References:
+        Wilson (1927).
+    """
+    if total == 0:
+        return Rate(None, 0, 0, None, None)
+    share, weight = hits / total, _Z * _Z / total
+    middle = (share + weight / 2) / (1 + weight)
+    half = _Z * np.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
+    # At 0 and 1 the interval ends there exactly; rounding would leave 1e-17.
+    return Rate(share, hits, total, 0.0 if hits == 0 else float(middle - half),
+                1.0 if hits == total else float(middle + half))
+
+
+def summarise_cases(run):
+    """Summarise every case of a run.
+
+    Args:
+        run: object with `name` and `records`.
+
+    Returns:
+        List of `CaseSummary`.
+
+    Raises:
+        ValueError: for a status that is none of `STATUSES`.
+
+    References:
+        arXiv 2311.17434.
+    """
+    rows = []
+    for case, records in by_case(run.records).items():
+        counts = {status: 0 for status in STATUSES}
+        for record in records:
+            if record["status"] not in counts:
+                raise ValueError(f"record {record['sample_id']!r} has status {record['status']!r}, "
+                                 f"expected one of {', '.join(STATUSES)}; update gse_jax")
+            counts[record["status"]] += 1
+        attacked = [r for r in records if r["status"] in ATTACKED]
+        found = [r for r in records if r["status"] == "found"]
+        seen = [r for r in records if r["status"] != "quarantined"]
+        rows.append(CaseSummary(
+            run.name, case, counts,
+            rate(sum(bool(r["success"]) for r in seen), len(seen)),
+            rate(len(found), len(attacked)),
+            {m.key: spread(r[m.key] for r in found) for m in SPARSITY}
+            | {m.key: spread(r[m.key] for r in attacked) for m in COSTS}))
+    return rows
+
+
+def summarise_targeted(run):
+    """Summarise the targeted cases of a run over their targets: best, average, worst.
+
+    Args:
+        run: object with `name` and `records`.
+
+    Returns:
+        List of `TargetedSummary`, three per method with at least two targeted cases.
+
+    References:
+        arXiv 2311.17434, targeted protocol.
+    """
+    methods = {}
+    for case, records in by_case(run.records).items():
+        if (method := is_targeted(case)) is not None:
+            methods.setdefault(method, []).append(records)
+    rows = []
+    for method, cases in methods.items():
+        if len(cases) < 2:
+            continue
+        pairs = [r for records in cases for r in records if r["status"] in ATTACKED]
+        images = {}
+        for record in pairs:
+            images.setdefault(record["sample_id"], []).append(record)
+        reached = {sample: [r for r in group if r["status"] == "found"]
+                   for sample, group in images.items()}
+        any_found = [group for group in reached.values() if group]
+        all_found = [group for sample, group in reached.items()
+                     if len(group) == len(images[sample])]
+        kinds = (("best", any_found, len(images), min),
+                 ("average", [[r] for group in any_found for r in group], len(pairs), min),
+                 ("worst", all_found, len(images), max))
+        for kind, groups, total, choose in kinds:
+            spreads = {m.key: spread(_chosen(choose, group, m.key) for group in groups)
+                       for m in SPARSITY}
+            rows.append(TargetedSummary(run.name, method, kind, len(cases),
+                                        rate(len(groups), total), spreads))
+    return rows
+
+
+def clean_accuracy(records):
+    """Return the share of images that the model classified correctly before any attack.
+
+    Args:
+        records: of any number of cases; every image counts once.
+
+    Returns:
+        `Rate` over the images that are not quarantined.
+
+    References:
+        None.
+    """
+    images = {r["sample_id"]: r["label"] == r["clean_prediction"] for r in records
+              if r["status"] != "quarantined"}
+    return rate(sum(images.values()), len(images))
+
+
+def _chosen(choose, group, key):
+    values = [r[key] for r in group if r[key] is not None]
+    return choose(values) if values else None

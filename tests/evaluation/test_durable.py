@@ -1,0 +1,92 @@
+"""Journals and whole files: every byte at which a write can end."""
+
+import errno
+import os
+
+import pytest
+
+from gse_jax.evaluation.durable import Journal, StoreError, read_journal, write_file
+
+ENTRIES = [{"name": "a", "value": 0.1}, {"name": "Zoë", "value": None},
+           {"name": "c\n\"", "value": [1, "x", 1e-300]}]
+
+
+def written(path, entries):
+    with Journal(path) as journal:
+        journal.append(entries)
+
+
+def test_entries_come_back_as_they_were(tmp_path):
+    path = tmp_path / "j.jsonl"
+    written(path, ENTRIES[:1])
+    written(path, ENTRIES[1:])
+    assert list(read_journal(path)) == ENTRIES
+    assert list(read_journal(tmp_path / "absent.jsonl")) == []
+
+
+def test_cut_at_any_byte_the_rest_is_whole_and_writing_goes_on(tmp_path):
+    path = tmp_path / "j.jsonl"
+    written(path, ENTRIES)
+    content = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    assert len(ends) == 3
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        # A line that lacks only its line break is whole.
+        whole = sum(end - 1 <= cut for end in ends)
+        assert list(read_journal(path)) == ENTRIES[:whole], cut
+        written(path, [{"next": cut}])
+        assert list(read_journal(path)) == [*ENTRIES[:whole], {"next": cut}], cut
+
+
+def test_no_changed_byte_goes_unnoticed(tmp_path):
+    path = tmp_path / "j.jsonl"
+    written(path, ENTRIES)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        for entry in read_journal(path):
+            assert entry in ENTRIES, place
+
+
+def test_a_write_that_fails_half_way_tears_no_neighbour(tmp_path, monkeypatch):
+    path = tmp_path / "j.jsonl"
+    with Journal(path) as journal:
+        journal.append(ENTRIES[:1])
+        real = os.write
+
+        def full(file, content):
+            if len(content) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(file, content[:10])
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(StoreError, match="j.jsonl: the disk is full; free some space"):
+            journal.append(ENTRIES[1:2])
+        monkeypatch.undo()
+        journal.append(ENTRIES[2:])
+    assert list(read_journal(path)) == [ENTRIES[0], ENTRIES[2]]
+
+
+def test_nan_is_refused_rather_than_written(tmp_path):
+    with Journal(tmp_path / "j.jsonl") as journal, pytest.raises(ValueError, match="JSON"):
+        journal.append([{"value": float("nan")}])
+    assert (tmp_path / "j.jsonl").read_bytes() == b""
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "f"
+    assert write_file(path, lambda file: file.write(b"old"))
+
+    def breaks(file):
+        file.write(b"half")
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(StoreError, match="quota is used up"):
+        write_file(path, breaks)
+    assert path.read_bytes() == b"old"
+    assert not write_file(path, lambda file: file.write(b"new"), exclusive=True)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]

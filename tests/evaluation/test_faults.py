@@ -1,0 +1,299 @@
+"""The fault matrix of an evaluation: one test per row.
+
+Kill -9 and torn lines are in test_kill.py, test_durable.py and test_store.py; other weights, data,
+settings, versions, devices and batches in test_evaluate.py; doubtful models in test_checks.py;
+fresh verification in test_verification.py; pickles and damaged weights in tests/models.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gse_jax.evaluation import (
+    EXIT_RESUMABLE,
+    Preempted,
+    StoreError,
+    attacker,
+    evaluate,
+    forward,
+    open_run,
+)
+from tests.evaluation.small_run import (
+    PLAN,
+    ROOT,
+    dataset,
+    model,
+    same_tables,
+    start,
+    table,
+)
+from tests.toy_model import small_logits
+
+UNTARGETED = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
+
+
+def evaluate_small(run_dir, plan=PLAN, **options):
+    return evaluate(plan, run_dir, **{"model": model(), "data": dataset(), **options})
+
+
+class Faulty:
+    """The small data set as a source in which some images cannot be used."""
+
+    FAULTS = {5: "unreadable", 6: "NaN or infinite", 7: "shape", 8: "bounds", 9: "label 7",
+              11: "float64"}
+
+    def __init__(self):
+        self._data = dataset()
+        self.ids = self._data.ids
+
+    def __getitem__(self, index):
+        image, label = self._data.images[index].copy(), self._data.labels[index]
+        if index == 5:
+            raise OSError("unreadable: broken data stream")
+        if index == 6:
+            image[2, 2] = np.nan
+        if index == 7:
+            image = image[:, :-1]
+        if index == 8:
+            image *= 255
+        if index == 11:
+            image = (image * 255).astype(np.uint8)
+        return image, 7 if index == 9 else label
+
+
+def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole, tmp_path):
+    run = evaluate_small(tmp_path, data=Faulty())
+    assert run.complete
+    expected = table(whole)
+    for key, row in table(run).items():
+        if row["index"] in Faulty.FAULTS:
+            assert row["status"] == "quarantined" and not row["success"]
+            assert Faulty.FAULTS[row["index"]] in row["reason"]
+            assert row["prediction"] is row["array"] is None if "array" in row else True
+            del expected[key]
+    same_tables({k: v for k, v in table(run).items() if v["status"] != "quarantined"}, expected)
+    assert "18 samples could not be used and are quarantined" in run.warnings
+
+
+def test_where_no_image_can_be_used_the_data_is_refused(tmp_path):
+    data = dataset()
+    with pytest.raises(ValueError, match="data: none of the first images.*inside bounds"):
+        evaluate_small(tmp_path / "run", data=data._replace(images=data.images * 255))
+    with pytest.raises(ValueError, match="NCHW"):
+        evaluate_small(tmp_path / "run",
+                       data=data._replace(images=data.images.transpose(0, 3, 1, 2)))
+    assert not (tmp_path / "run").exists()
+
+
+def logits_with_holes(params, x):
+    """The small model, NaN on one clean image and wherever another one is touched."""
+    *layers, images = params
+    logits = small_logits(layers, x)
+    clean = jnp.abs(x - images[:1]).max((1, 2, 3)) == 0
+    distance = jnp.abs(x - images[1:]).max((1, 2, 3))
+    return jnp.where((clean | ((distance > 0) & (distance < 0.2)))[:, None], jnp.nan, logits)
+
+
+def test_nan_is_no_success_and_no_neighbour_notices(whole, tmp_path):
+    apply_fn, params = logits_with_holes, (*model()[1], dataset().images[[3, 4]])
+    run = evaluate_small(tmp_path, UNTARGETED, model=(apply_fn, params))
+    rows, expected = table(run), table(whole)
+    for sample in ("s00003", "s00004"):
+        row = rows.pop(("gse/untargeted", sample))
+        assert (row["status"], row["success"], row["changed_pixels"]) == ("non_finite", False, None)
+        assert "NaN" in row["reason"]
+    same_tables(rows, {key: expected[key] for key in rows})
+    assert len(rows) == 38
+
+
+def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monkeypatch):
+    real, widths = attacker.attack_stream, []
+
+    def crowded(*args, lanes, **options):
+        widths.append(lanes)
+        for count, stretch in enumerate(real(*args, lanes=lanes, **options)):
+            if lanes > 2 and count == 2:  # In the middle, with lanes at work.
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1")
+            yield stretch
+
+    monkeypatch.setattr(attacker, "attack_stream", crowded)
+    run = evaluate_small(tmp_path)
+    assert widths == [4, 2, 2]  # The size is remembered for the second attack ...
+    assert run.complete
+    same_tables(table(run), table(whole))
+    assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [2]
+    for path in (tmp_path / "arrays").iterdir():
+        path.unlink()
+    widths.clear()
+    evaluate_small(tmp_path)
+    assert widths == [2, 2]  # ... and for the next start.
+
+
+def test_out_of_memory_in_one_lane_is_the_end_and_what_was_done_is_kept(tmp_path, monkeypatch):
+    real = attacker.attack_stream
+
+    def hopeless(*args, **options):
+        for count, stretch in enumerate(real(*args, **options)):
+            yield stretch
+            if count == 6:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(attacker, "attack_stream", hopeless)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=1))
+    assert 0 < len(open_run(tmp_path).records) < 40
+
+
+def test_out_of_memory_in_the_forward_pass_halves_its_batch(monkeypatch):
+    apply_fn, params = model()
+    x = dataset().images
+    classify = forward.Forward(params, apply_fn, x.shape[1:])
+    expected, real = classify(x), classify._logits
+
+    def crowded(params, batch):
+        if len(batch) > 10:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return real(params, batch)
+
+    monkeypatch.setattr(classify, "_logits", crowded)
+    found = classify(x)
+    assert classify.batch == 8
+    np.testing.assert_array_equal(found.classes, expected.classes)
+    np.testing.assert_allclose(found.confidences, expected.confidences, rtol=1e-12)
+
+
+def test_out_of_memory_while_the_lanes_are_fed_loses_no_sample(whole, tmp_path, monkeypatch):
+    """The forward pass over the next clean images finds no room beside the lanes."""
+    real, refused = forward.Forward.__call__, []
+
+    def crowded(self, x):
+        if len(refused) < 2 and len(x) < 30:  # Not the first chunk.
+            refused.append(len(x))
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return real(self, x)
+
+    monkeypatch.setattr(forward, "_LARGEST_BATCH", 32)  # The 40 images are 32 and 8.
+    monkeypatch.setattr(forward.Forward, "__call__", crowded)
+    run = evaluate_small(tmp_path, UNTARGETED)
+    assert refused == [8, 8]
+    assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [2, 1]
+    assert run.complete
+    rows = table(run)
+    same_tables(rows, {key: table(whole)[key] for key in rows})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_flushes_and_ends_with_the_resumable_code(whole, tmp_path, number):
+    seen = []
+
+    def send(progress):
+        seen.append(progress.done)
+        if progress.done >= 30 and len(seen) < 1000:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted) as stopped:
+        evaluate_small(tmp_path, on_progress=send)
+    assert stopped.value.code == EXIT_RESUMABLE == 75
+    assert signal.Signals(number).name in str(stopped.value)
+    assert signal.getsignal(number) is before
+    run = open_run(tmp_path)
+    assert len(run.records) == seen[-1] < 120  # Everything finished is there.
+    same_tables(table(evaluate_small(tmp_path)), table(whole))
+
+
+def test_the_watchdog_ends_a_process_in_which_nothing_moves():
+    script = ("import time\nfrom gse_jax.evaluation.interruption import Watchdog\n"
+              "with Watchdog(0.5, lambda: print('stalled', flush=True)) as watchdog:\n"
+              "    for _ in range(8):\n        time.sleep(0.1)\n        watchdog.beat()\n"
+              "    print('moved', flush=True)\n    time.sleep(600)\n")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                           timeout=60)
+    assert (ended.returncode, ended.stdout) == (EXIT_RESUMABLE, "moved\nstalled\n")
+
+
+@pytest.mark.slow
+def test_a_hung_device_ends_the_process_with_the_resumable_code(whole, tmp_path, cache):
+    process = start(tmp_path / "run", cache=cache, then="hang", stall_seconds=15)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_RESUMABLE, errors
+    assert "the device seems to hang" in errors
+    run = open_run(tmp_path / "run")
+    assert 0 < len(run.records) < 120
+    assert any(event["event"] == "stalled" for event in run.events)
+    same_tables(table(evaluate_small(tmp_path / "run")), table(whole))
+
+
+def test_two_writers_at_once(whole, tmp_path, cache):
+    process = start(tmp_path / "run", cache=cache, then="hang")
+    try:
+        lock = tmp_path / "run" / "locks" / "main.lock"
+        while process.poll() is None and not (lock.is_file() and lock.read_text()):
+            pass
+        with pytest.raises(StoreError, match=f"process {process.pid} on .* is working in it"):
+            evaluate_small(tmp_path / "run")
+    finally:
+        process.kill()
+        process.communicate()
+    same_tables(table(evaluate_small(tmp_path / "run")), table(whole))
+
+
+def test_a_file_that_may_not_grow_is_told_and_nothing_is_lost(whole, tmp_path, cache):
+    """RLIMIT_FSIZE stands for a quota: a write ends in the middle of a line."""
+    process = start(tmp_path / "run", cache=cache, file_size_limit=30_000)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1].startswith(
+        "gse_jax.evaluation.durable.StoreError: run directory: cannot write"), errors
+    assert "the file-size limit is reached" in errors
+    kept = table(open_run(tmp_path / "run"))
+    assert 0 < len(kept) < 120
+    run = evaluate_small(tmp_path / "run")
+    same_tables(table(run), table(whole))
+
+
+def in_namespace(script, *arguments):
+    """Run a shell script that may mount; skip where the system does not let us."""
+    allowed = subprocess.run(["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"],
+                             capture_output=True)
+    if allowed.returncode:
+        pytest.skip("this machine lets tests mount no file systems")
+    return subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *map(str, arguments)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=180)
+
+
+def program(cache, then=None):
+    options = f'{{"devices": 1, "cache": "{cache}", "then": "{then or ""}"}}'
+    return f"{sys.executable} -m tests.evaluation.small_run $1/run '{options}'"
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(whole, tmp_path, cache):
+    """A small file system that fills up in the middle of the run, and is then freed."""
+    (tmp_path / "disk").mkdir()
+    ended = in_namespace(
+        f"mount -t tmpfs -o size=20m none $1; {program(cache, 'fill_disk')}; echo rc=$?; "
+        f"rm $1/run/filler; {program(cache)} && cp -r $1/run $2", tmp_path / "disk",
+        tmp_path / "run")
+    assert "rc=1" in ended.stdout and "the disk is full; free some space" in ended.stderr
+    same_tables(table(open_run(tmp_path / "run")), table(whole))
+    # Nothing was written after the disk was full, and nothing done was done again.
+    starts = [e for e in open_run(tmp_path / "run").events if e["event"] == "start"]
+    assert 0 < starts[1]["remaining"] < 120
+
+
+def test_a_disk_without_room_and_a_read_only_one_are_refused_before_computing(tmp_path, cache):
+    (tmp_path / "disk").mkdir()
+    ended = in_namespace(f"mount -t tmpfs -o size=1m none $1; {program(cache)}; "
+                         f"mount -o remount,ro $1; {program(cache)}", tmp_path / "disk")
+    first, second = [line for line in ended.stderr.splitlines() if line.startswith(
+        "gse_jax.evaluation.durable.StoreError")]
+    assert "MiB of free disk, expected at least" in first
+    assert "the file system is read-only; choose another directory" in second
+    assert ended.returncode == 1

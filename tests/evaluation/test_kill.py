@@ -1,0 +1,54 @@
+"""Kill -9 at random moments: the final table is that of an uninterrupted run."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from gse_jax.evaluation import open_run
+from tests.evaluation.small_run import arrays, same_tables, start, table
+
+
+def kill_at_random_moments(run_dir, cache, whole, kills, seed):
+    """Start, kill and resume until so many kills have hit; then finish and compare."""
+    draw = random.Random(seed)
+    hits = finished = 0
+    kept = []
+    while hits < kills:
+        process = start(run_dir / str(finished), cache=cache, then="announce")
+        # A third of the kills hit the start, the rest the work and its many small writes.
+        if draw.random() < 0.67:
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.0, 1.0))
+        else:
+            time.sleep(draw.uniform(0.0, 4.0))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # It was faster; the next one starts from nothing.
+            finished += 1
+            continue
+        assert process.returncode == -9
+        hits += 1
+        if (run_dir / str(finished) / "manifest.json").is_file():
+            kept.append(len(table(open_run(run_dir / str(finished)))))  # Never twice.
+    for number in range(finished + 1):
+        process = start(run_dir / str(number), cache=cache)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        run = open_run(run_dir / str(number))
+        assert run.complete
+        same_tables(table(run), table(whole))
+        for key, image in arrays(run).items():
+            np.testing.assert_allclose(image, arrays(whole)[key], atol=1e-9)
+    return kept
+
+
+def test_killed_six_times(whole, tmp_path, cache):
+    kill_at_random_moments(tmp_path, cache, whole, 6, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(whole, tmp_path, cache):
+    kept = kill_at_random_moments(tmp_path, cache, whole, 50, seed=1)
+    assert sum(0 < count < 120 for count in kept) >= 10  # Many hit the middle.

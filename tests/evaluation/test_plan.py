@@ -1,0 +1,135 @@
+"""Plan files and the cases they come to."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gse_jax.evaluation import AttackPlan, Plan, load_plan
+from gse_jax.evaluation.cases import resolve
+
+TOML = """
+data = "digits"
+model = "resnet20"
+weights = "digits"
+bounds = [0.0, 1.0]
+normalize = [0.5, [0.5, 0.5, 0.5]]
+limit = 7
+[[attacks]]
+[[attacks]]
+name = "few"
+offsets = [1, 3]
+settings = { num_runs = 2 }
+hyperparams = { mu = 2 }
+"""
+EXPECTED = Plan(data="digits", model="resnet20", weights="digits", limit=7,
+                normalize=(0.5, (0.5, 0.5, 0.5)),
+                attacks=(AttackPlan(), AttackPlan(name="few", offsets=(1, 3),
+                                                  settings={"num_runs": 2},
+                                                  hyperparams={"mu": 2})))
+
+
+def test_toml_json_and_python_say_the_same(tmp_path):
+    (tmp_path / "plan.toml").write_text(TOML)
+    assert load_plan(tmp_path / "plan.toml") == EXPECTED
+    (tmp_path / "plan.json").write_text(json.dumps(EXPECTED.to_dict()))
+    assert load_plan(tmp_path / "plan.json") == EXPECTED
+    assert Plan.from_dict({}) == Plan()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("dat = 1", "dat is unknown; use one of data, model"),
+    ("limit = 'ten'", "limit must be an integer of at least 1, got 'ten'"),
+    ("seed = true", "seed must be an integer, got True"),
+    ("attacks = 3", "attacks must be a list of tables"),
+    ("attacks = []", "attacks is empty"),
+    ("[[attacks]]\nstep = 1", r"attacks\[0\].step is unknown"),
+    ("[[attacks]]\noffsets = [0]", "integers of at least 1, got 0"),
+    ("[[attacks]]\noffsets = [2, 2]", "name one twice"),
+    ("[[attacks]]\noffsets = [2]\ntarget_file = 'f'", "expected one of them"),
+    ("[[attacks]]\nhyperparams = { mu = 'x' }", "hyperparams.mu must be a finite number"),
+    ("a = ", "cannot be read as toml"),
+])
+def test_mistakes_are_told_in_one_line(tmp_path, text, message):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        load_plan(tmp_path / "plan.toml")
+    assert str(error.value).startswith("plan: ") and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_plans(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_plan(tmp_path / "absent.toml")
+    (tmp_path / "plan.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"must end with .toml or .json"):
+        load_plan(tmp_path / "plan.yaml")
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(TypeError, match="must hold one object"):
+        load_plan(tmp_path / "plan.json")
+
+
+def cases_of(*attacks, ids=("a", "b"), num_classes=10):
+    return resolve(Plan(attacks=attacks), (32, 32, 3), num_classes, ids)
+
+
+def test_presets_follow_size_and_direction_and_changes_are_applied():
+    first, second = cases_of(AttackPlan(), EXPECTED.attacks[1])
+    assert [case.name for case in first.cases] == ["gse/untargeted"]
+    assert [case.name for case in second.cases] == ["few/targeted+1", "few/targeted+3"]
+    assert (first.settings.phase1_steps, second.settings.phase1_steps) == (30, 50)
+    assert (first.settings.num_runs, second.settings.num_runs) == (10, 2)
+    assert (first.hyperparams.mu, second.hyperparams.mu) == (1.0, 2.0)
+    large = resolve(Plan(), (224, 224, 3), 10, ("a",))[0]
+    assert large.preset == "imagenet" and large.settings.phase1_steps == 50
+    robust = cases_of(AttackPlan(preset="imagenet_robust"))[0]
+    assert robust.settings.phase1_steps == 150
+    assert second.cases[1].target("a", 8, 10) == 1
+    assert first.cases[0].target("a", 8, 10) == -1
+
+
+@pytest.mark.parametrize(("attack", "message"), [
+    (AttackPlan(method="gsee"), "method='gsee' is unknown"),
+    (AttackPlan(settings={"runs": 1}), "settings.runs is unknown to method 'gse'; use one of"),
+    (AttackPlan(hyperparams={"m": 1}), "hyperparams.m is unknown to method 'gse'"),
+    (AttackPlan(settings={"num_runs": 0}), "num_runs=0 must be >= 1"),
+    (AttackPlan(offsets=(1, 20)), "offset 20 makes the target the label itself"),
+    (AttackPlan(preset="mnist"), "domain='mnist' has no preset"),
+])
+def test_attacks_that_cannot_run_are_refused(attack, message):
+    with pytest.raises(ValueError, match=message):
+        cases_of(attack)
+
+
+def test_two_attacks_need_two_names():
+    with pytest.raises(ValueError, match="two attacks give the case 'gse/untargeted'; set `name`"):
+        cases_of(AttackPlan(), AttackPlan(settings={"num_runs": 2}))
+    assert len(cases_of(AttackPlan(), AttackPlan(name="b"))) == 2
+
+
+def test_target_files(tmp_path):
+    np.save(tmp_path / "t.npy", np.asarray([4, 5]))
+    (tmp_path / "t.json").write_text('{"a": 4, "b": 5, "more": 1}')
+    (tmp_path / "t.csv").write_text("sample_id,target\na,4\nb,5\n")
+    for name in ("t.npy", "t.json", "t.csv"):
+        (group,) = cases_of(AttackPlan(target_file=str(tmp_path / name)))
+        (case,) = group.cases
+        assert group.targeted and case.name == "gse/targeted_file"
+        assert (case.target("a", 0, 10), case.target("b", 0, 10)) == (4, 5)
+        with pytest.raises(ValueError, match=r"sample 'a' \(label 4\) the target 4"):
+            case.target("a", 4, 10)
+        with pytest.raises(ValueError, match="no target for sample 'c'"):
+            case.target("c", 0, 10)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("t.json", "[1]", "t.json"), ("t.json", '{"a": "x"}', "invalid literal"),
+    ("t.csv", "id,target\na,1,2\n", "too many values"), ("t.txt", "", "must end with")])
+def test_bad_target_files_are_told(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        cases_of(AttackPlan(target_file=str(tmp_path / name)))
+    np.save(tmp_path / "t.npy", np.zeros(5, int))
+    with pytest.raises(ValueError, match=r"int64 \[5\], expected integers \[2\]"):
+        cases_of(AttackPlan(target_file=str(tmp_path / "t.npy")))
+    with pytest.raises(FileNotFoundError):
+        cases_of(AttackPlan(target_file=str(tmp_path / "absent.csv")))

@@ -1,0 +1,140 @@
+"""`verify`: it must find what is planted, and nothing in an honest run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from gse_jax.evaluation import MismatchError, open_run, verify
+from gse_jax.evaluation.durable import Journal
+from gse_jax.evaluation.verification import quantized
+from tests.evaluation.small_run import model
+
+
+@pytest.fixture
+def run_dir(whole, tmp_path):
+    shutil.copytree(whole.path, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def rewrite_records(run_dir, change):
+    """Replace every record by `change(record)`, with a valid checksum."""
+    records = open_run(run_dir).records
+    (run_dir / "records" / "main.jsonl").unlink()
+    with Journal(run_dir / "records" / "main.jsonl") as journal:
+        journal.append(change(dict(record)) for record in records)
+
+
+def rewrite_arrays(run_dir, name, change):
+    path = run_dir / "arrays" / name
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    np.savez_compressed(path, **change(arrays))
+
+
+def first_success(run_dir):
+    return next(r for r in open_run(run_dir).records if r["status"] == "found")
+
+
+def test_an_honest_run_is_confirmed(run_dir, whole):
+    result = verify(run_dir, model=model())
+    assert result.ok and result.problems == []
+    for name, case in result.cases.items():
+        records = [r for r in whole.records if r["case"] == name and r["array"]]
+        found = sum(r["success"] for r in records)
+        assert case == (len(records), found, found, 0, 0, 0)
+        assert case.success_rate == found / len(records) > 0
+    stored = json.loads((run_dir / "verification.json").read_text())
+    assert stored["ok"] and stored["cases"]["gse/untargeted"]["attacked"] == 36
+
+
+def test_a_success_that_is_none_is_found(run_dir):
+    victim = first_success(run_dir)
+    name, row = victim["array"]
+
+    def undo(arrays):
+        arrays["adversarial"][row] = arrays["clean"][arrays["clean_row"][row]]
+        return arrays
+
+    rewrite_arrays(run_dir, name, undo)
+    result = verify(run_dir, model=model())
+    case = result.cases[victim["case"]]
+    assert not result.ok and case.confirmed == case.claimed - 1
+    assert any(victim["sample_id"] in p and "recorded as a success" in p for p in result.problems)
+
+
+def test_an_image_out_of_bounds_is_found(run_dir):
+    victim = first_success(run_dir)
+    name, row = victim["array"]
+
+    def leave(arrays):
+        arrays["adversarial"][row, 0, 0, 0] = 1.0 + 1e-6
+        return arrays
+
+    rewrite_arrays(run_dir, name, leave)
+    result = verify(run_dir, model=model())
+    case = result.cases[victim["case"]]
+    assert case.out_of_bounds == 1 and case.confirmed == case.claimed - 1
+    assert any("leaves the bounds" in problem for problem in result.problems)
+
+
+@pytest.mark.parametrize("field", ["changed_pixels", "num_clusters", "l2", "linf", "patch_count"])
+def test_a_flattering_number_is_found(run_dir, field):
+    victim = first_success(run_dir)["sample_id"], first_success(run_dir)["case"]
+
+    def flatter(record):
+        if (record["sample_id"], record["case"]) == victim:
+            record[field] = 0.9 * record[field]
+        return record
+
+    rewrite_records(run_dir, flatter)
+    result = verify(run_dir, model=model())
+    assert result.num_problems == 1 and field in result.problems[0]
+    assert result.cases[victim[1]].differing_metrics == 1
+
+
+def test_a_damaged_or_lost_array_file_is_told(run_dir):
+    names = sorted(path.name for path in (run_dir / "arrays").iterdir())
+    content = bytearray((run_dir / "arrays" / names[0]).read_bytes())
+    content[len(content) // 2] ^= 255
+    (run_dir / "arrays" / names[0]).write_bytes(content)
+    result = verify(run_dir, model=model())
+    assert not result.ok
+    assert any(f"{names[0]} is damaged" in problem and "delete it" in problem
+               for problem in result.problems)
+
+
+def test_another_model_verifies_nothing(run_dir):
+    with pytest.raises(MismatchError, match="another model .*weights: "):
+        verify(run_dir, model=model(seed=5))
+    with pytest.raises(ValueError, match="model is empty"):
+        verify(run_dir)
+    with pytest.raises(FileNotFoundError, match="manifest"):
+        verify(run_dir / "arrays", model=model())
+
+
+def test_after_eight_bits_small_perturbations_are_lost_and_told(run_dir, whole):
+    result = verify(run_dir, model=model(), quantize=True)
+    assert result.path.name == "verification-8bit.json" and result.quantized
+    apply_fn, params = model()
+    for name, case in result.cases.items():
+        successes = [r for r in whole.records if r["case"] == name and r["status"] == "found"]
+        images = np.stack([whole.images(r)[1] for r in successes])
+        logits = np.asarray(apply_fn(params, np.rint(images * 255) / 255))
+        wanted = [prediction == r["target"] if r["target"] is not None
+                  else prediction != r["label"]
+                  for prediction, r in zip(logits.argmax(-1), successes)]
+        assert (case.claimed, case.confirmed) == (len(successes), sum(wanted))
+        assert 0 < case.confirmed
+    lost = sum(case.claimed - case.confirmed for case in result.cases.values())
+    assert result.num_problems == lost
+    assert all("after rounding to 8 bits" in problem for problem in result.problems)
+
+
+def test_the_eight_bit_grid():
+    grid = np.arange(256) / 255
+    np.testing.assert_array_equal(quantized(grid, (0.0, 1.0)), grid)
+    np.testing.assert_allclose(quantized(2 * grid - 1 + 0.003, (-1.0, 1.0))[:-1], 2 * grid[:-1] - 1,
+                               atol=1e-12)
+    assert quantized(np.float32([0.3]), (0.0, 1.0)).dtype == np.float32

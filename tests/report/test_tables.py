@@ -1,0 +1,128 @@
+"""Numbers of the tables: by hand, and against gse_jax.metrics."""
+
+import csv
+
+import numpy as np
+import pytest
+from tests.report.small_runs import SmallRun, record, run, targeted, untargeted
+
+from gse_jax import metrics, report
+from gse_jax.report import summary
+from gse_jax.report.tables import show_number
+
+
+def test_case_numbers_by_hand():
+    (row,) = summary.summarise_cases(SmallRun("r", untargeted()))
+    assert row.counts == {"found": 3, "not_found": 1, "non_finite": 1, "already_misclassified": 1,
+                          "quarantined": 1}
+    assert (row.asr_attacked.hits, row.asr_attacked.total, row.asr_attacked.share) == (3, 5, 0.6)
+    assert (row.asr_all.hits, row.asr_all.total) == (4, 6)  # The quarantined one is in neither.
+    pixels = row.spreads["changed_pixels"]
+    assert (pixels.mean, pixels.median, pixels.count) == (6.0, 4.0, 3)
+    np.testing.assert_allclose(pixels.error, np.std([2, 4, 12], ddof=1) / np.sqrt(3))
+    # Failures cost evaluations as well: 0, 10, 20, 30 and 40.
+    assert (row.spreads["gradient_evals"].mean, row.spreads["gradient_evals"].count) == (20, 5)
+    assert row.spreads["forward_evals"].mean == 21
+
+
+def test_wilson_interval():
+    # Reference values: scipy.stats.binomtest(k, n).proportion_ci(method="wilson").
+    half, none, every = summary.rate(5, 10), summary.rate(0, 10), summary.rate(10, 10)
+    np.testing.assert_allclose([half.low, half.high], [0.236593, 0.763407], atol=1e-5)
+    np.testing.assert_allclose([none.low, none.high], [0, 0.277533], atol=1e-5)
+    np.testing.assert_allclose([every.low, every.high], [0.722467, 1], atol=1e-5)
+    assert summary.rate(0, 0) == (None, 0, 0, None, None)
+
+
+def test_targeted_protocol_by_hand():
+    best, average, worst = summary.summarise_targeted(SmallRun("r", targeted()))
+    assert [row.kind for row in (best, average, worst)] == ["best", "average", "worst"]
+    assert (best.rate.hits, best.rate.total, best.spreads["changed_pixels"].mean) == (2, 3, 6)
+    assert (average.rate.hits, average.rate.total) == (3, 6)
+    np.testing.assert_allclose(average.spreads["l2"].mean, (0.5 + 0.9 + 0.3) / 3)
+    assert (worst.rate.hits, worst.rate.total, worst.spreads["patch_count"].mean) == (1, 3, 10)
+    assert worst.targets == 2
+    assert summary.summarise_targeted(SmallRun("r", untargeted())) == []
+
+
+def random_records(rng, targets=3, images=40):
+    statuses = ["found", "not_found", "already_misclassified", "non_finite"]
+    return [record(i, f"gse/targeted+{k}", str(rng.choice(statuses, p=[0.7, 0.1, 0.15, 0.05])),
+                   int(rng.integers(1, 60))) for k in range(1, targets + 1) for i in range(images)]
+
+
+def test_agrees_with_the_metrics_room():
+    records = random_records(np.random.default_rng(0))
+    grid = np.array(records, object).reshape(3, 40)
+    found = np.vectorize(lambda r: r["status"] == "found")(grid)
+    attacked = np.vectorize(lambda r: r["status"] != "already_misclassified")(grid)
+    pixels = np.vectorize(lambda r: float(r["changed_pixels"] or 0))(grid)
+    expected = metrics.targeted_protocol(pixels, found, attacked=attacked)
+    for row, case in zip(summary.summarise_targeted(SmallRun("r", records)), expected, strict=True):
+        assert tuple(row.spreads["changed_pixels"]) == pytest.approx(tuple(case.metric))
+        assert row.rate.total - row.rate.hits == case.failures
+        assert row.rate.share == pytest.approx(case.success_rate)
+
+
+def test_csv_holds_everything_in_full_precision(tmp_path):
+    runs = [run("first"), run("second, with comma")]
+    paths = report.write_tables(runs, tmp_path / "new" / "tables")
+    assert [path.name for path in paths] == ["summary.csv", "summary.md", "summary.tex",
+                                             "targeted.csv", "targeted.md", "targeted.tex",
+                                             "images.csv"]
+    with open(paths[0], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and rows[3]["run"] == "second, with comma"
+    assert float(rows[0]["asr_attacked"]) == 0.6 and rows[0]["quarantined"] == "1"
+    exact = np.std([2, 4, 12], ddof=1) / np.sqrt(3)
+    assert float(rows[0]["changed_pixels_stderr"]) == pytest.approx(exact, rel=1e-12)
+    with open(paths[-1], newline="") as file:
+        images = list(csv.DictReader(file))
+    assert len(images) == sum(len(one.records) for one in runs)
+    assert images[6]["reason"] == "the file is empty" and images[6]["changed_pixels"] == ""
+
+
+def test_markdown_and_latex(tmp_path):
+    report.write_tables([SmallRun("a_b|c & 5%", untargeted())], tmp_path)
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert lines[0].startswith("| run | case | images | attacked | found | ASR (all)")
+    assert r"a\_b\|c & 5%" in lines[2] and "6.00 ± 3.06" in lines[2] and "60.0 %" in lines[2]
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {14}
+    latex = (tmp_path / "summary.tex").read_text()
+    assert r"a\_b|c \& 5\%" in latex and r"6.00 $\pm$ 3.06" in latex and r"60.0 \%" in latex
+    assert r"\begin{tabular}{llrrrrrrrrrrr}" in latex and r"$d_{2,0}$" in latex
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert {row.replace(r"\&", "").count("&") for row in rows} == {12}
+    assert not (tmp_path / "targeted.csv").exists()
+
+
+def test_missing_numbers_are_dashes_not_zeros(tmp_path):
+    report.write_tables([SmallRun("none", [record(0, status="not_found")])], tmp_path)
+    cells = (tmp_path / "summary.md").read_text().splitlines()[2].split(" | ")
+    assert cells[5:9] == ["0.0 %", "0.0 %", "\u2013", "\u2013"]
+    report.write_tables([SmallRun("empty", [])], tmp_path)
+    assert len((tmp_path / "summary.md").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (None, "\u2013"), (0, "0.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"),
+    (99.96, "100"), (1234.5, "1,234"), (-3.14159, "-3.14")])
+def test_show_number(value, words):
+    assert show_number(value) == words
+
+
+def test_wrong_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="runs: got none"):
+        report.write_tables([], tmp_path)
+    with pytest.raises(ValueError, match="two are named 'first'"):
+        report.write_tables([run(), run()], tmp_path)
+    with pytest.raises(ValueError, match="'s0' has status 'odd'"):
+        report.write_tables([SmallRun("r", [record(0, status="odd")])], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_are_deterministic(tmp_path):
+    for folder in "ab":
+        report.write_tables([run("x"), run("y")], tmp_path / folder)
+    for one in (tmp_path / "a").iterdir():
+        assert one.read_bytes() == (tmp_path / "b" / one.name).read_bytes()
