@@ -1,0 +1,90 @@
+"""`gse-jax evaluate`, `check`, `verify` and `report` as a user types them."""
+
+import json
+
+import pytest
+
+from gse_jax import cli
+
+PLAN = """
+data = "digits"
+model = "resnet20"
+weights = "digits"
+limit = 4
+[[attacks]]
+method = "gse"
+settings = { num_runs = 1, max_steps = 6, phase1_steps = 3 }
+[[attacks]]
+method = "gse"
+offsets = [1, 2]
+settings = { num_runs = 1, max_steps = 6, phase1_steps = 3 }
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One small run, evaluated through the command line."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    plan = folder / "plan.toml"
+    plan.write_text(PLAN)
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(folder / "run")]) == 0
+    return folder / "run", plan
+
+
+def test_evaluate_ends_with_tables_and_a_page(run, capsys):
+    folder, plan = run
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(folder)]) == 0  # nothing left
+    shown = capsys.readouterr().out
+    assert "12 of 12 results" in shown and "gse/untargeted" in shown and "gse/targeted+2" in shown
+    page = (folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "gse/targeted+1" in page
+    for name in ("summary.csv", "summary.md", "summary.tex", "targeted.csv"):
+        assert (folder / "report" / name).stat().st_size > 50
+
+
+def test_another_plan_in_the_same_directory_is_refused(run, capsys, tmp_path):
+    folder, plan = run
+    other = tmp_path / "other.toml"
+    other.write_text(PLAN.replace("max_steps = 6", "max_steps = 7", 1))
+    assert cli.main(["evaluate", "--plan", str(other), "--out", str(folder)]) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+
+
+def test_verify_confirms_and_the_page_says_so(run, capsys):
+    folder, _ = run
+    assert cli.main(["verify", str(folder)]) == 0
+    assert "verified" in capsys.readouterr().out
+    assert json.loads((folder / "verification.json").read_text())["ok"]
+    assert cli.main(["report", str(folder), "--out", str(folder / "again")]) == 0
+    assert (folder / "again" / "index.html").is_file()
+
+
+def test_check_passes_the_embedded_model_and_refuses_a_wrong_range(capsys, tmp_path):
+    import numpy as np
+
+    from gse_jax import data
+
+    flags = ["--model", "resnet20", "--weights", "digits", "--limit", "40"]
+    assert cli.main(["check", "--data", "digits", *flags]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    images = data.load("digits", limit=40)
+    np.savez(tmp_path / "shuffled.npz", x=images.images, y=(images.labels + 1) % 10)
+    assert cli.main(["check", "--data", f"npz:{tmp_path / 'shuffled.npz'}", *flags]) == 2
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["evaluate", "--out", "nowhere"], "--data is missing"),
+    (["evaluate", "--plan", "/nowhere.toml"], "/nowhere.toml"),
+    (["evaluate", "--data", "digits", "--model", "resnet20", "--weights", "digits", "--offsets",
+      "a"], "--offsets"),
+    (["evaluate", "--data", "digits", "--model", "resnet20", "--weights", "digits", "--shard",
+      "3/3"], "shard"),
+    (["verify", "/nowhere"], "/nowhere"),
+    (["report", "/nowhere"], "/nowhere"),
+])
+def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
