@@ -28,7 +28,7 @@ BANNED_NAMES = {"eps", "epsilon", "n_iter", "num_steps_total", "max_iter", "iter
                 "adv_x", "lam", "lambda_", "num_iter", "niter", "nb_iter"}
 LOOPS = {"attacks/loops.py"}
 # Loops outside the drivers, each with its reason in a comment beside it.
-LOOPS_ALLOWED = {"attacks/gse/search.py", "metrics/clusters.py"}
+LOOPS_ALLOWED = {"attacks/gse/search.py", "metrics/clusters.py", "ops/bregman.py"}
 
 
 def room(path):
@@ -127,8 +127,8 @@ def test_states_document_every_field():
 @pytest.mark.parametrize("folder", ["ops", "attacks/gse"])
 def test_formulas_cite_their_source(folder):
     for path in (PACKAGE / folder).glob("*.py"):
-        if path.stem not in {"__init__", "neighbours", "losses"}:
-            assert re.search(r"arXiv|doi", path.read_text(encoding="utf-8")), name(path)
+        if path.stem not in {"__init__", "neighbours"}:
+            assert "References:" in path.read_text(encoding="utf-8"), name(path)
 
 
 def test_version_is_in_the_changelog():

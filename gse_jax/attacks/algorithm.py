@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
     Attributes:
         logits: [K].
         loss: [] the attack's own loss of these logits.
-        gradient: [H, W, C] gradient of the loss at the point.
+        gradient: [H, W, C] gradient of the loss at the point; zeros if no lane asked for one.
     """
 
     logits: jax.Array  # [K] float
@@ -65,6 +65,10 @@ class Algorithm(NamedTuple):
         step: (state, evaluation) -> state. Keeps tree, shapes and dtypes.
         done: state -> [] bool. Once True it stays True.
         finish: state -> outcome.
+        wants_gradient: state -> [] bool, whether the next evaluation needs the gradient; None if
+            every one does. A call in which no lane does is a forward pass only. So that lanes ask
+            together, new images are loaded only into calls where all lanes at work ask for what a
+            new image asks for.
     """
 
     init: Callable[[Sample], Any]
@@ -73,6 +77,7 @@ class Algorithm(NamedTuple):
     step: Callable[[Any, Evaluation], Any]
     done: Callable[[Any], jax.Array]
     finish: Callable[[Any], Outcome]
+    wants_gradient: Callable[[Any], jax.Array] | None = None
 
 
 class Bind(Protocol):

@@ -111,6 +111,15 @@ def evaluate(algorithm: Algorithm, logits_fn, states) -> Evaluation:
     return Evaluation(logits.astype(points.dtype), loss, gradient)
 
 
+def _in_step(algorithm: Algorithm, lanes, queue, at_work):
+    """Whether all lanes at work ask for the same kind of evaluation as a new image would."""
+    if algorithm.wants_gradient is None:
+        return True
+    first = jax.tree.map(lambda a: a[0], queue.samples)
+    fresh = algorithm.wants_gradient(algorithm.init(first))
+    return jnp.all(~at_work | (jax.vmap(algorithm.wants_gradient)(lanes.attack) == fresh))
+
+
 def _exchange(algorithm: Algorithm, lanes, queue, finished):
     """Store what is finished and give idle lanes the next samples."""
     capacity, waiting = finished.sample_id.shape[0], queue.samples.sample_id.shape[0]
@@ -127,7 +136,7 @@ def _exchange(algorithm: Algorithm, lanes, queue, finished):
         finished.count + jnp.sum(over, dtype=jnp.int32),
     )
     place = queue.begin + jnp.cumsum(idle, dtype=jnp.int32) - 1
-    load = idle & (place < queue.end)
+    load = idle & (place < queue.end) & _in_step(algorithm, lanes, queue, occupied & ~over)
     taken = jax.tree.map(lambda a: a[jnp.clip(place, 0, waiting - 1)], queue.samples)
     fresh = jax.vmap(algorithm.init)(taken)
 
@@ -165,7 +174,9 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
     def exchange(lanes, queue, finished):
         occupied = lanes.sample_id != NO_SAMPLE
         over = occupied & jax.vmap(algorithm.done)(lanes.attack)
-        needed = jnp.any(over) | (jnp.any(~occupied) & (queue.begin[0] < queue.end[0]))
+        waiting = jnp.any(~occupied) & (queue.begin[0] < queue.end[0])
+        waiting &= _in_step(algorithm, lanes, queue, occupied & ~over)
+        needed = jnp.any(over) | waiting
         # Most iterations finish nothing; the stores and loads are then skipped altogether.
         return lax.cond(needed, lambda *a: _exchange(algorithm, *a), lambda *a: a,
                         lanes, queue, finished)
@@ -174,8 +185,20 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
         more = jnp.any(carry.lanes.sample_id != NO_SAMPLE)
         return more if max_iterations is None else more & (carry.iteration < max_iterations)
 
+    def forward_fn(states):
+        # The backward pass of which nothing is used is dead code; the compiler removes it.
+        evaluation = evaluate_fn(states)
+        return evaluation._replace(gradient=jnp.zeros_like(evaluation.gradient))
+
+    def evaluated(lanes):
+        if algorithm.wants_gradient is None:
+            return evaluate_fn(lanes.attack)
+        wants = jax.vmap(algorithm.wants_gradient)(lanes.attack)
+        wanted = jnp.any(wants & (lanes.sample_id != NO_SAMPLE))
+        return lax.cond(wanted, evaluate_fn, forward_fn, lanes.attack)
+
     def body(carry):
-        evaluation = evaluate_fn(carry.lanes.attack)
+        evaluation = evaluated(carry.lanes)
         stepped = jax.vmap(algorithm.step)(carry.lanes.attack, evaluation)
         lanes = LanesState(stepped, carry.lanes.sample_id)
         return _Carry(*exchange(lanes, carry.queue, carry.finished), carry.iteration + 1)

@@ -69,7 +69,7 @@ def _plan(args):
     options.require_positive("--limit", args.limit)
     attack = {"method": getattr(args, "method", "gse")}
     if getattr(args, "offsets", None):
-        attack["offsets"] = _integers("--offsets", args.offsets)
+        attack["offsets"] = options.integers("--offsets", args.offsets)
     if getattr(args, "target_file", ""):
         attack["target_file"] = args.target_file
     return Plan.from_dict({
@@ -77,13 +77,6 @@ def _plan(args):
         "normalize": options.normalization(args.normalize or "half"), "attacks": [attack],
         "expected_accuracy": args.expected_accuracy, "seed": getattr(args, "seed", 0),
         "lanes": getattr(args, "lanes", None)})
-
-
-def _integers(name, text):
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be whole numbers such as 1,3, got {text!r}") from None
 
 
 def _evaluate(args):

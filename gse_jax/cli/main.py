@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 
-from gse_jax.cli import attack, evaluate, explain
+from gse_jax.cli import attack, compare, evaluate, explain
 
 
 def main(argv=None) -> int:
@@ -36,6 +36,6 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="gse-jax", description="Group-wise sparse, explainable adversarial attacks in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (attack, explain, evaluate):
+    for module in (attack, explain, compare, evaluate):
         module.add_commands(commands)
     return parser

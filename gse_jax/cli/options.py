@@ -71,3 +71,11 @@ def require_positive(name, value):
     """Refuse an integer option below 1."""
     if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def integers(name, text):
+    """Turn `1,3,9` into a list of whole numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers such as 1,3, got {text!r}") from None

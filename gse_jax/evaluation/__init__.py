@@ -13,6 +13,7 @@ from gse_jax.evaluation.attack_run import (
     save_run,
 )
 from gse_jax.evaluation.checks import Finding, check
+from gse_jax.evaluation.comparison import BUDGETS, Comparison, compare
 from gse_jax.evaluation.durable import StoreError
 from gse_jax.evaluation.evaluator import ENGINES, MismatchError, PreflightError, evaluate
 from gse_jax.evaluation.explanation import PERCENTILES, Explanation, explain
@@ -25,12 +26,14 @@ from gse_jax.evaluation.sources import ImageSource
 from gse_jax.evaluation.verification import CaseVerification, Verification, verify
 
 __all__ = [
+    "BUDGETS",
     "ENGINES",
     "EXIT_RESUMABLE",
     "PERCENTILES",
     "AttackPlan",
     "AttackRun",
     "CaseVerification",
+    "Comparison",
     "Explanation",
     "Finding",
     "ImageSource",
@@ -43,6 +46,7 @@ __all__ = [
     "StoreError",
     "Verification",
     "check",
+    "compare",
     "display",
     "evaluate",
     "explain",

@@ -110,7 +110,7 @@ def next_class(y, num_classes: int) -> np.ndarray:
 
 
 def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, method: str = "gse",
-               hyperparams=None, bounds=(0.0, 1.0), key=None, lanes: int | None = None, about=None,
+               settings=None, hyperparams=None, bounds=(0.0, 1.0), key=None, lanes: int | None = None, about=None,
                progress: Callable[[Progress], None] | None = None) -> AttackRun:
     """Attack the correctly classified images of a data set and classify the results afresh.
 
@@ -122,6 +122,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         targets: as in `gse_jax.attack`.
         ids: [N] sample ids; None numbers them.
         method: as in `gse_jax.attack`.
+        settings: as in `gse_jax.attack`.
         hyperparams: as in `gse_jax.attack`.
         bounds: as in `gse_jax.attack`.
         key: as in `gse_jax.attack`.
@@ -144,8 +145,8 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     start = time.perf_counter()
     result = attack(params, apply_fn, x[chosen], y[chosen],
                     targets=None if targets is None else np.asarray(targets)[chosen],
-                    method=method, hyperparams=hyperparams, bounds=bounds, key=key, lanes=lanes,
-                    progress=progress)
+                    method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
+                    key=key, lanes=lanes, progress=progress)
     adversarials = x.copy()
     adversarials[chosen] = np.asarray(result.adversarials)
     seconds = time.perf_counter() - start
@@ -165,6 +166,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     devices = jax.local_devices()
     values = {} if hyperparams is None else hyperparams._asdict()
     facts = {"hyperparams": {name: float(value) for name, value in values.items()},
+             "settings": repr(settings) if settings is not None else "preset",
              "method": result.method, "preset": result.preset, "bounds": list(bounds),
              "seconds": seconds, "platform": devices[0].platform, "devices": len(devices),
              "jax": jax.__version__}

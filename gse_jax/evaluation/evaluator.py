@@ -196,7 +196,7 @@ def _remaining(job: Job, run_dir: Path, residue) -> tuple[list[Work], int, int]:
         index = position.get(record["sample_id"])
         if index is not None and record["case"] in done:
             done[record["case"]][index] = True
-    work = [Work(group, np.stack([mine for case in group.cases]))
+    work = [Work(group, np.stack([mine & ~done[case.name] for case in group.cases]))
             for group in job.groups]
     total = int(mine.sum()) * len(done)
     return work, total, total - sum(int(part.todo.sum()) for part in work)

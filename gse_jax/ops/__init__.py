@@ -1,7 +1,18 @@
 """Pure array mathematics for one image: no model, no loop, no state."""
 
+from gse_jax.ops.blocks import average_blocks, expand_blocks, grid_shape
+from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
+from gse_jax.ops.groups import cell_sums, group_soft_threshold
+from gse_jax.ops.losses import cross_entropy, logit_gap, smooth_l0_gradient
 from gse_jax.ops.margin import is_adversarial, margin_loss
 from gse_jax.ops.neighbours import count_patches, dilate, gaussian_blur, gaussian_kernel
+from gse_jax.ops.projections import (
+    largest_pixels,
+    project_l2_ball,
+    project_sparse_box,
+    project_sparse_sigma,
+    sigma_map,
+)
 from gse_jax.ops.prox import (
     half_quasinorm_prox,
     half_quasinorm_threshold,
@@ -10,19 +21,43 @@ from gse_jax.ops.prox import (
     two_thirds_quasinorm_prox,
 )
 from gse_jax.ops.tradeoff import largest_active_tradeoff, update_tradeoff
+from gse_jax.ops.vertices import (
+    capped_simplex_vertex,
+    leading_pair,
+    nuclear_group_vertex,
+)
 
 __all__ = [
+    "average_blocks",
+    "capped_simplex_vertex",
+    "cell_sums",
     "count_patches",
+    "cross_entropy",
     "dilate",
+    "expand_blocks",
     "gaussian_blur",
     "gaussian_kernel",
+    "grid_cells",
+    "grid_shape",
+    "group_soft_threshold",
     "half_quasinorm_prox",
     "half_quasinorm_threshold",
     "hard_threshold",
     "is_adversarial",
     "largest_active_tradeoff",
+    "largest_pixels",
+    "leading_pair",
+    "logit_gap",
     "margin_loss",
+    "nuclear_group_vertex",
+    "project_group_maxima",
+    "project_l2_ball",
+    "project_sparse_box",
+    "project_sparse_sigma",
+    "sigma_map",
+    "smooth_l0_gradient",
     "soft_threshold",
+    "to_dual",
     "two_thirds_quasinorm_prox",
     "update_tradeoff",
 ]

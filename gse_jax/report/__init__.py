@@ -11,7 +11,7 @@ from gse_jax.report.figures_curves import (
 )
 from gse_jax.report.figures_panel import Prediction, attack_panel
 from gse_jax.report.page import write_page
-from gse_jax.report.tables import write_tables
+from gse_jax.report.tables import write_table, write_tables
 
 __all__ = [
     "Prediction",
@@ -21,5 +21,6 @@ __all__ = [
     "save_figure",
     "success_curves",
     "write_page",
+    "write_table",
     "write_tables",
 ]

@@ -66,6 +66,30 @@ def write_tables(runs, folder):
     return [write_whole(folder / name, text.encode()) for name, text in content.items()]
 
 
+def write_table(rows, path_stem, *, left=1):
+    """Write one table as CSV, Markdown and LaTeX.
+
+    Args:
+        rows: list of dictionaries with the same keys, the column headings; numbers, text or None.
+        path_stem: path without a suffix; ".csv", ".md" and ".tex" are appended.
+        left: number of columns of words at the left.
+
+    Returns:
+        List of the three paths. The CSV file holds full precision.
+
+    Raises:
+        ValueError: if there is no row.
+    """
+    if not rows:
+        raise ValueError("rows: there is no row to write")
+    body = [[cell if isinstance(cell, str) else show_number(cell) for cell in row.values()]
+            for row in rows]
+    cells = (list(rows[0]), body)
+    texts = {".csv": _csv(rows), ".md": _markdown(cells),
+             ".tex": _latex(([_escape_latex(head) for head in cells[0]], body), left)}
+    return [write_whole(f"{path_stem}{suffix}", text.encode()) for suffix, text in texts.items()]
+
+
 def require_runs(runs):
     """Refuse what cannot be told apart in a table.
 

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax import Status
 from gse_jax.attacks import METHODS
 from gse_jax.attacks.algorithm import Evaluation, Sample
-from tests.toy_model import toy
+from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings
+from gse_jax.attacks.baselines.nuclear_frank_wolfe import FWnuclSettings
+from gse_jax.attacks.baselines.projected_gradient_descent import PGDSettings
+from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Settings
+from gse_jax.attacks.baselines.random_search import SparseRSSettings
+from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
+from gse_jax.attacks.baselines.sparse_frank_wolfe import SAIFSettings
+from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SparsePGDSettings
+from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
+from tests.toy_model import linear_logits, toy
 
 
 class Row(NamedTuple):
@@ -19,28 +29,73 @@ class Row(NamedTuple):
     Attributes:
         settings: short settings, so that the table runs quickly.
         targeted: whether the method is defined for targets.
+        planted: settings for the image of `backdoor`, None where its group is no perturbation of
+            the method's kind.
     """
 
     settings: Any
     targeted: bool
+    planted: Any = None
 
 
 TABLE = {
-    "gse": Row(gse_jax.GSESettings(num_runs=4, max_steps=20, phase1_steps=8), targeted=True),
+    "gse": Row(gse_jax.GSESettings(num_runs=4, max_steps=20, phase1_steps=8), targeted=True,
+               planted=gse_jax.GSESettings()),
+    "pgd": Row(PGDSettings(max_steps=20, num_restarts=2), targeted=True),
+    "pgd l2": Row(PGDSettings(norm="l2", max_steps=20, random_start=False), targeted=True),
+    "sigma_zero": Row(SigmaZeroSettings(max_steps=40), targeted=True,
+                      planted=SigmaZeroSettings(max_steps=200)),
+    "pgd0": Row(PGD0Settings(num_pixels=12, max_steps=10, num_restarts=2), targeted=True,
+                planted=PGD0Settings(num_pixels=8)),
+    "pgd0 sigma": Row(PGD0Settings(num_pixels=50, max_steps=10, num_restarts=2, sigma_map=True),
+                      targeted=True),
+    "sparse_rs": Row(SparseRSSettings(num_pixels=20, max_queries=40, num_restarts=2), targeted=True,
+                     planted=SparseRSSettings(num_pixels=8, max_queries=3000)),
+    "sparse_rs patches": Row(SparseRSSettings(num_pixels=30, kind="patches", max_queries=60),
+                             targeted=True,
+                             planted=SparseRSSettings(num_pixels=36, kind="patches",
+                                                      max_queries=1000, num_restarts=10)),
+    "sparse_rs frames": Row(SparseRSSettings(num_pixels=80, kind="frames", max_queries=60),
+                            targeted=True),
+    "sparse_pgd": Row(SparsePGDSettings(num_pixels=12, max_steps=20), targeted=True,
+                      planted=SparsePGDSettings(num_pixels=8, max_steps=300)),
+    "sparse_pgd patch": Row(SparsePGDSettings(num_pixels=30, max_steps=20, structure="patch",
+                                              unprojected=False), targeted=True,
+                            planted=SparsePGDSettings(num_pixels=16, max_steps=300, stride=2,
+                                                      structure="patch", pattern=((1, 1),) * 2)),
+    "sparse_pgd row": Row(SparsePGDSettings(num_pixels=40, max_steps=20, structure="row"),
+                          targeted=True),
+    "saif": Row(SAIFSettings(num_pixels=12, max_steps=20), targeted=True,
+                planted=SAIFSettings(num_pixels=8)),
+    "fwnucl": Row(FWnuclSettings(max_steps=4, num_sections=5), targeted=True,
+                  planted=FWnuclSettings(max_steps=20)),
+    "strattack": Row(StrAttackSettings(num_searches=4, max_steps=12, num_retrainings=2,
+                                       retrain_steps=6), targeted=True,
+                     planted=StrAttackSettings(num_searches=5)),
+    "gsmd": Row(GSMDSettings(max_steps=16, cells_per_axis=4), targeted=True,
+                planted=GSMDSettings(max_steps=60, cells_per_axis=8)),
 }
+# Variants of one method have rows of their own, "method variant".
 DTYPES = [jnp.float32, jnp.float64]
+
+# Every row compiles programs of its own, so the quick run takes each method once: variants, and for
+# the compared methods the tests of what the engine does for all alike, are in the slow one.
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] if " " in row else []) for row in TABLE]
+ENGINE_ROWS = [pytest.param(row, marks=[] if row == "gse" else [pytest.mark.slow])
+               for row in TABLE]
 
 
 def test_table_covers_the_registry():
-    assert TABLE.keys() == METHODS.keys()
+    assert {row.split()[0] for row in TABLE} == METHODS.keys()
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("row", TABLE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(20, 20, 3), (8, 11, 1)])
-def test_step_keeps_structure_shapes_and_dtypes(method, dtype, shape):
+def test_step_keeps_structure_shapes_and_dtypes(row, dtype, shape):
+    method = row.split()[0]
     _, hyperparams = gse_jax.preset(method, "cifar10", targeted=False)
-    algorithm = METHODS[method].bind(TABLE[method].settings, hyperparams, targeted=False,
+    algorithm = METHODS[method].bind(TABLE[row].settings, hyperparams, targeted=False,
                                      bounds=(0.0, 1.0), key=jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     image = jax.ShapeDtypeStruct(shape, dtype)
@@ -55,18 +110,20 @@ def test_step_keeps_structure_shapes_and_dtypes(method, dtype, shape):
     assert outcome.adversarials.shape == shape and outcome.adversarials.dtype == dtype
 
 
-@pytest.mark.parametrize("method", TABLE)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("targeted", [False, True])
-def test_result_is_true(method, dtype, targeted):
-    """Flags, bounds, dtypes and counts say what a fresh look at the images says."""
-    if targeted and not TABLE[method].targeted:
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype, targeted", [(jnp.float32, False), (jnp.float32, True),
+                                             pytest.param(jnp.float64, False,
+                                                          marks=pytest.mark.slow)])
+def test_result_is_true(row, dtype, targeted):
+    """Flags, bounds, dtypes, budgets and counts say what a fresh look at the images says."""
+    method = row.split()[0]
+    if targeted and not TABLE[row].targeted:
         pytest.skip("not defined for targets")
     params, apply_fn, x, y = toy(dtype)
     y = y.at[1].set((y[1] + 1) % 5)  # one image is misclassified from the start
     targets = (y + 2) % 5 if targeted else None
     result = gse_jax.attack(params, apply_fn, x, y, targets=targets, method=method,
-                            settings=TABLE[method].settings, bounds=(-1.0, 1.0), key=1)
+                            settings=TABLE[row].settings, bounds=(-1.0, 1.0), key=1)
     predicted = apply_fn(params, result.adversarials).argmax(-1).astype(jnp.int32)
     fooled = predicted == targets if targeted else predicted != y
     np.testing.assert_array_equal(result.success, fooled)
@@ -80,27 +137,179 @@ def test_result_is_true(method, dtype, targeted):
     assert (np.asarray(result.gradient_evals) >= 0).all()
     assert (np.asarray(result.forward_evals) >= np.asarray(result.gradient_evals)).all()
     assert result.method == method and result.preset == "custom"
+    changed = np.asarray((result.adversarials != x).any(-1).sum((1, 2)))
+    assert (changed <= getattr(TABLE[row].settings, "num_pixels", changed.max())).all()
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("row", ENGINE_ROWS)
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_any_number_of_images(method, count):
+def test_any_number_of_images(row, count):
+    method = row.split()[0]
     params, apply_fn, x, y = toy()
     result = gse_jax.attack(params, apply_fn, x[:count], y[:count], method=method,
-                            settings=TABLE[method].settings, bounds=(-1.0, 1.0))
+                            settings=TABLE[row].settings, bounds=(-1.0, 1.0))
     assert result.adversarials.shape == (count, 20, 20, 3)
     assert all(a.shape[0] == count for a in jax.tree.leaves(result))
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_default_preset_follows_size_and_direction(method):
     def constant(params, x):
         return jnp.zeros((x.shape[0], 3), x.dtype) + params
 
+    # The model says 0, so every attack is over after one evaluation.
     y = jnp.ones(1, jnp.int32)
-    for side, domain in ((64, "cifar10"), (65, "imagenet")):
+    settings, _ = gse_jax.preset(method, "imagenet")
+    large = 65 if getattr(settings, "num_pixels", 0) <= 65 * 65 else 96  # room for the budget
+    for side, domain in ((64, "cifar10"), (large, "imagenet")):
         x = jnp.full((1, side, side, 1), 0.5, jnp.float32)
-        for targets, word in ((None, "untargeted"), (y + 1, "targeted")):
+        for targets, word in ((None, "untargeted"), (y - 1, "targeted")):
             result = gse_jax.attack(jnp.float32(0.0), constant, x, y, targets=targets,
                                     method=method)
             assert result.preset == f"{domain} {word}"
+            assert int(result.forward_evals[0]) == 1
+
+
+def run(row, params, apply_fn, x, y, **options):
+    """The row's attack; `lanes`, `targets` and others as for `gse_jax.attack`."""
+    options = {"settings": TABLE[row].settings, "bounds": (-1.0, 1.0), "key": 3, **options}
+    return gse_jax.attack(params, apply_fn, x, y, method=row.split()[0], **options)
+
+
+def same(a, b):
+    np.testing.assert_array_equal(a.status, b.status)
+    np.testing.assert_array_equal(a.gradient_evals, b.gradient_evals)
+    np.testing.assert_array_equal(a.forward_evals, b.forward_evals)
+    np.testing.assert_allclose(a.adversarials, b.adversarials, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_lanes_devices_and_neighbours_do_not_matter(row):
+    params, apply_fn, x, y = toy()
+    expected = run(row, params, apply_fn, x, y, lanes=1)
+    same(run(row, params, apply_fn, x, y, lanes=6), expected)  # on four devices
+    # The keys of random attacks follow the place in the batch, so neighbours change, not places.
+    others = run(row, params, apply_fn, jnp.concatenate([x[:3], x[:2]]),
+                 jnp.concatenate([y[:3], y[:2]]), lanes=1)
+    first = lambda result: jax.tree.map(lambda a: a[:3], result)
+    same(first(others), first(expected))
+
+
+@pytest.mark.parametrize("num_images, shape", [
+    pytest.param(1, (9, 9, 1), marks=pytest.mark.slow), (3, (9, 14, 3)),
+    pytest.param(8, (12, 11, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("row", ROWS)
+def test_odd_shapes_and_batches_on_a_linear_model(row, num_images, shape):
+    """Images next to the boundary: every attack crosses it, inside its bounds."""
+    rng = np.random.default_rng(num_images)
+    kernel = jnp.asarray(rng.normal(size=(int(np.prod(shape)), 4)))
+    params = (kernel, -0.5 * kernel.sum(0))  # the gray image has equal logits
+    x = jnp.asarray(rng.uniform(0.4, 0.6, (80, *shape)))
+    top = jnp.sort(linear_logits(params, x))
+    x = x[jnp.argsort(top[:, -1] - top[:, -2])[:num_images]]
+    y = linear_logits(params, x).argmax(-1).astype(jnp.int32)
+    result = run(row, params, linear_logits, x, y, bounds=(0.0, 1.0))
+    np.testing.assert_array_equal(result.status, Status.FOUND)
+    assert float(result.adversarials.min()) >= 0.0 and float(result.adversarials.max()) <= 1.0
+    fooled = linear_logits(params, result.adversarials).argmax(-1)
+    assert (np.asarray(fooled) != np.asarray(y)).all()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_already_misclassified_costs_one_evaluation(row):
+    params, apply_fn, x, y = toy()
+    result = run(row, params, apply_fn, x, (y + 1) % 5)
+    np.testing.assert_array_equal(result.status, Status.ALREADY_MISCLASSIFIED)
+    np.testing.assert_array_equal(result.adversarials, x)
+    np.testing.assert_array_equal(result.forward_evals, 1)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
+    params, apply_fn, x, y = toy()
+
+    def poisoned(params, images):
+        bad = jnp.abs(images - x[2]).mean((1, 2, 3)) < 0.2  # image 2 and what is made of it
+        return jnp.where(bad[:, None], jnp.nan, apply_fn(params, images))
+
+    result = run(row, params, poisoned, x, y, lanes=3)
+    expected = run(row, params, apply_fn, x, y, lanes=3)
+    assert int(result.status[2]) == Status.NON_FINITE and not bool(result.success[2])
+    np.testing.assert_array_equal(result.adversarials[2], x[2])
+    keep = np.asarray([0, 1, 3, 4, 5])
+    same(*(jax.tree.map(lambda a: a[keep], r) for r in (result, expected)))
+
+
+@pytest.mark.parametrize("row", ENGINE_ROWS)
+def test_nan_away_from_the_clean_image_is_no_success(row):
+    params, apply_fn, x, y = toy()
+
+    def breaks_when_touched(params, images):
+        touched = jnp.abs(images[:, None] - x[None]).max((2, 3, 4)).min(1) > 0
+        return jnp.where(touched[:, None], jnp.nan, apply_fn(params, images))
+
+    result = run(row, params, breaks_when_touched, x, y, lanes=1)
+    np.testing.assert_array_equal(result.success, False)
+    np.testing.assert_array_equal(result.adversarials, x)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_hyperparameters_and_values_never_compile_anew(row):
+    params, apply_fn, x, y = toy()
+    traces = []
+
+    def counted(params, images):
+        traces.append(images.shape)
+        return apply_fn(params, images)
+
+    settings = TABLE[row].settings
+    _, hyperparams = gse_jax.preset(row.split()[0], "cifar10", False)
+    for scale in (1.0, 1.1):
+        swept = jax.tree.map(lambda h: scale * h, hyperparams)
+        run(row, params, counted, scale * 0.5 * x, y, lanes=4, settings=settings,
+            hyperparams=swept)
+        if scale == 1.0:
+            first = len(traces)
+    # The shape check looks at the model once per call; it compiles nothing.
+    assert len(traces) == first + 1
+
+
+def backdoor(num_images=3, size=16):
+    """A model whose class 1 needs the four pixels of one group to turn bright, no others."""
+    group = np.zeros((size, size, 3), np.float64)
+    group[6:8, 10:12] = 1.0
+    rng = np.random.default_rng(0)
+    kernel = np.stack([np.zeros(group.size), group.reshape(-1)], 1)
+    params = (jnp.asarray(kernel), jnp.asarray([0.0, -4.0]))
+    x = jnp.asarray(rng.uniform(-0.5, -0.2, (num_images, size, size, 3)))
+    return params, x, jnp.zeros(num_images, jnp.int32), group[..., 0] > 0
+
+
+@pytest.mark.parametrize("row", [
+    pytest.param(row, marks=[pytest.mark.slow] if " " in row else [])
+    for row in TABLE if TABLE[row].planted is not None])
+def test_a_planted_backdoor_is_found(row):
+    params, x, y, group = backdoor()
+    # The clean group is 12 values of about -0.35 and must come above 4: two white pixels give 3.9.
+    result = run(row, params, linear_logits, x, y, settings=TABLE[row].planted)
+    np.testing.assert_array_equal(result.status, Status.FOUND)
+    changed = np.asarray((result.adversarials != x).any(-1))
+    assert (changed[:, group].sum(1) >= 2).all()
+    assert (changed.sum((1, 2)) <= getattr(TABLE[row].planted, "num_pixels", 256)).all()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "gse"])
+def test_wrong_configurations_are_refused_in_one_line(method):
+    for domain in ("original", "gse_paper", "cifar10", "imagenet"):
+        for targeted in (False, True):
+            settings, hyperparams = gse_jax.preset(method, domain, targeted)
+            METHODS[method].check(settings, hyperparams, (224, 224, 3))
+    with pytest.raises(ValueError, match="mnist"):
+        gse_jax.preset(method, "mnist")
+    for wrong in ((gse_jax.GSESettings(), hyperparams), (settings, gse_jax.GSEHyperparams())):
+        with pytest.raises(TypeError, match=f"preset.'{method}'"):
+            METHODS[method].check(*wrong, (32, 32, 3))
+    if hyperparams:
+        negative = hyperparams._replace(**{hyperparams._fields[0]: -1.0})
+        with pytest.raises(ValueError, match=hyperparams._fields[0]):
+            METHODS[method].check(settings, negative, (224, 224, 3))

@@ -1,7 +1,5 @@
 """One uninterrupted small run, and a compilation cache for the processes that the tests start."""
 
-import dataclasses
-
 import pytest
 
 from gse_jax.evaluation import evaluate
@@ -11,8 +9,7 @@ from tests.evaluation import small_run
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The small run without any interruption: one device, one lane, many array files."""
-    return evaluate(dataclasses.replace(small_run.PLAN, lanes=1),
-                    tmp_path_factory.mktemp("whole"), model=small_run.model(),
+    return evaluate(small_run.PLAN, tmp_path_factory.mktemp("whole"), model=small_run.model(),
                     data=small_run.dataset(), flush_samples=10)
 
 

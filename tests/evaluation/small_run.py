@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE, CLASSES = 8, 5
 SHORT = {"num_runs": 4, "max_steps": 30, "phase1_steps": 10, "blur_size": 3, "patch_size": 4}
 PLAN = Plan(attacks=(AttackPlan(settings=SHORT),
-                     AttackPlan(offsets=(1, 3), settings=SHORT)), lanes=4)
+                     AttackPlan(offsets=(1, 3), settings=SHORT)), lanes=1)
 
 
 def model(seed=0):
@@ -38,7 +38,7 @@ def dataset(count=40, seed=1):
     """`count` images of the model's own classes; every tenth label is wrong."""
     x = np.random.default_rng(seed).random((count, SIDE, SIDE, 1))
     first, second = model()[1]
-    y = np.argmax(np.tanh(x.reshape(count, -1) @ first) @ second, axis=1)
+    y = np.argmax(np.tanh((x.reshape(count, -1) - 0.5) @ first) @ second, axis=1)
     y[::10] = (y[::10] + 1) % CLASSES
     return Dataset(x, y.astype(np.int32), tuple(f"s{i:05d}" for i in range(count)))
 

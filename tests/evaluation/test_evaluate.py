@@ -72,11 +72,11 @@ def test_records_equal_a_plain_attack_and_their_own_images(whole):
     data = dataset()
     right = np.arange(40) % 10 != 0
     result = gse_jax.attack(params, apply_fn, data.images[right], data.labels[right],
-                            settings=GSESettings(**SHORT))
+                            settings=GSESettings(**SHORT), lanes=1)
     records = [r for r in whole.records if r["case"] == "gse/untargeted" and r["index"] % 10]
     np.testing.assert_array_equal([r["success"] for r in records], result.success)
     np.testing.assert_array_equal([r["gradient_evals"] for r in records], result.gradient_evals)
-    assert 0 < sum(r["success"] for r in records) < len(records)
+    assert sum(r["success"] for r in records) > 20
     for record, expected in zip(records, result.adversarials):
         clean, adversarial = whole.images(record)
         np.testing.assert_array_equal(clean, data.images[record["index"]])
@@ -85,18 +85,20 @@ def test_records_equal_a_plain_attack_and_their_own_images(whole):
         assert record["prediction"] == logits.argmax()
         probabilities = np.exp(logits) / np.exp(logits).sum()
         np.testing.assert_allclose(record["confidence_after"], probabilities.max(), rtol=1e-9)
-        if record["success"]:
-            moved = adversarial != clean
-            assert record["changed_pixels"] == moved.any(-1).sum() > 0
-            np.testing.assert_allclose(record["linf"], 2 * np.abs(adversarial - clean).max())
-            np.testing.assert_allclose(record["l2"], 2 * np.linalg.norm(adversarial - clean))
-        else:
+
+    for record in whole.records:
+        if record["status"] != "found":
             assert record["changed_pixels"] is record["l2"] is None
+            continue
+        clean, adversarial = whole.images(record)
+        assert record["changed_pixels"] == (adversarial != clean).any(-1).sum() > 0
+        np.testing.assert_allclose(record["linf"], 2 * np.abs(adversarial - clean).max())
+        np.testing.assert_allclose(record["l2"], 2 * np.linalg.norm(adversarial - clean))
 
 
 @pytest.mark.parametrize("options", [
     {"plan": dataclasses.replace(PLAN, lanes=2)},
-    {"plan": dataclasses.replace(PLAN, lanes=8)},
+    {"plan": dataclasses.replace(PLAN, lanes=4)},
     {"flush_samples": 3, "shard": (0, 2)},
 ], ids=["two devices", "four devices", "shards"])
 def test_resumed_with_other_lanes_devices_batches_or_shards(whole, tmp_path, options):

@@ -124,7 +124,7 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
             yield stretch
 
     monkeypatch.setattr(attacker, "attack_stream", crowded)
-    run = evaluate_small(tmp_path)
+    run = evaluate_small(tmp_path, dataclasses.replace(PLAN, lanes=4))
     assert widths == [4, 2, 2]  # The size is remembered for the second attack ...
     assert run.complete
     same_tables(table(run), table(whole))
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     for path in (tmp_path / "arrays").iterdir():
         path.unlink()
     widths.clear()
-    evaluate_small(tmp_path)
+    evaluate_small(tmp_path, dataclasses.replace(PLAN, lanes=4))
     assert widths == [2, 2]  # ... and for the next start.
 
 
@@ -147,7 +147,7 @@ def test_out_of_memory_in_one_lane_is_the_end_and_what_was_done_is_kept(tmp_path
 
     monkeypatch.setattr(attacker, "attack_stream", hopeless)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=1))
+        evaluate_small(tmp_path, UNTARGETED)
     assert 0 < len(open_run(tmp_path).records) < 40
 
 
@@ -181,7 +181,7 @@ def test_out_of_memory_while_the_lanes_are_fed_loses_no_sample(whole, tmp_path, 
 
     monkeypatch.setattr(forward, "_LARGEST_BATCH", 32)  # The 40 images are 32 and 8.
     monkeypatch.setattr(forward.Forward, "__call__", crowded)
-    run = evaluate_small(tmp_path, UNTARGETED)
+    run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=4))
     assert refused == [8, 8]
     assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [2, 1]
     assert run.complete

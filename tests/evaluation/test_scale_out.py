@@ -184,5 +184,5 @@ def test_real_images_in_float32_on_other_devices(tmp_path):
     one, four = ([r for r in records if r["status"] == "found"] for records in runs)
     assert [r["sample_id"] for r in one] == [r["sample_id"] for r in four] and len(one) > 10
     for name in ("changed_pixels", "num_clusters", "l2", "patch_count", "gradient_evals"):
-        np.testing.assert_allclose(np.mean([r[name] for r in four]), np.mean([r[name] for r in one]),
-                                   rtol=0.01, err_msg=name)
+        means = [np.mean([r[name] for r in records]) for records in (four, one)]
+        np.testing.assert_allclose(*means, rtol=0.01, err_msg=name)

@@ -1,0 +1,127 @@
+"""Checks and preset tables that the compared attacks share; one clear line per mistake.
+
+Every attack has the presets "original" (its authors' defaults), "gse_paper" (the settings of the
+comparison on CIFAR-10, also called "cifar10") and "imagenet" (those of the comparison there).
+
+References:
+    arXiv 2311.17434, appendix (settings of the compared attacks).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+DOMAINS = ("original", "gse_paper", "cifar10", "imagenet")
+
+
+def choose_preset(method: str, presets, domain: str, targeted: bool):
+    """Return a row of an attack's preset table.
+
+    Args:
+        method: name of the attack, for messages.
+        presets: (domain, targeted) -> (settings, hyperparams), with domains "original",
+            "cifar10" and "imagenet".
+        domain: one of `DOMAINS`.
+        targeted: direction.
+
+    Returns:
+        (settings, hyperparams).
+
+    Raises:
+        ValueError: for an unknown domain.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"domain={domain!r} has no preset for method {method!r}; "
+                         f"use one of {', '.join(map(repr, DOMAINS))}")
+    return presets["cifar10" if domain == "gse_paper" else domain, bool(targeted)]
+
+
+def check_types(method: str, settings, hyperparams, settings_type, hyperparams_type) -> None:
+    """Refuse the configuration of another attack.
+
+    Args:
+        method: name of the attack.
+        settings: what came.
+        hyperparams: what came.
+        settings_type: what is expected.
+        hyperparams_type: what is expected.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    for name, value, expected in (("settings", settings, settings_type),
+                                  ("hyperparams", hyperparams, hyperparams_type)):
+        if not isinstance(value, expected):
+            raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}; "
+                            f"start from gse_jax.preset({method!r}, 'gse_paper')")
+
+
+def check_at_least(settings, smallest: dict[str, int]) -> None:
+    """Refuse settings below their smallest value.
+
+    Args:
+        settings: static configuration.
+        smallest: field -> smallest value.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, low in smallest.items():
+        if getattr(settings, name) < low:
+            raise ValueError(f"settings.{name}={getattr(settings, name)} must be >= {low}")
+
+
+def check_choice(settings, name: str, choices) -> None:
+    """Refuse a setting that is not one of the choices.
+
+    Args:
+        settings: static configuration.
+        name: field.
+        choices: what it may be.
+
+    Raises:
+        ValueError: naming the choices.
+    """
+    if getattr(settings, name) not in choices:
+        raise ValueError(f"settings.{name}={getattr(settings, name)!r} must be one of "
+                         f"{', '.join(map(repr, choices))}")
+
+
+def check_numbers(hyperparams, may_be_zero=()) -> None:
+    """Refuse hyperparameters that are not single positive finite numbers.
+
+    Args:
+        hyperparams: NamedTuple of numbers; traced values are not looked at.
+        may_be_zero: fields for which 0 is allowed.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, value in hyperparams._asdict().items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"hyperparams.{name} must be one number, got shape "
+                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
+        if isinstance(value, jax.core.Tracer):
+            continue
+        number = float(value)
+        zero_ok = name in may_be_zero
+        if not (math.isfinite(number) and (number >= 0.0 if zero_ok else number > 0.0)):
+            raise ValueError(f"hyperparams.{name}={number:g} must be finite and "
+                             f"{'>= 0' if zero_ok else '> 0'}")
+
+
+def check_num_pixels(settings, image_shape) -> None:
+    """Refuse a budget that does not fit into the image.
+
+    Args:
+        settings: static configuration with `num_pixels`.
+        image_shape: (H, W, C).
+
+    Raises:
+        ValueError: unless 1 <= num_pixels <= H * W.
+    """
+    total = image_shape[0] * image_shape[1]
+    if not 1 <= settings.num_pixels <= total:
+        raise ValueError(f"settings.num_pixels={settings.num_pixels} must lie in [1, {total}] for "
+                         f"images of {image_shape[0]}x{image_shape[1]} pixels")

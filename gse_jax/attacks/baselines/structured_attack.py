@@ -1,0 +1,253 @@
+r"""StrAttack: ADMM on margin, l2 norm, group norm and box; weight search; retraining on the support.
+
+Minimises `c f(z) + gamma |delta|^2 + tau sum_cells |y_cell|_2` with delta = y = w = z and w in the
+box. The binary search lowers c after every run that improved on the smallest l2 norm so far. Then
+the support of the best y, without its smallest entries, is kept and only f and the l2 norm count.
+Lengths are in the units of images of range width 2.
+
+| symbol | name here |
+|---|---|
+| delta, w, y, z | copies of the perturbation; `z` and `y` are kept |
+| u, v, s | `dual_delta`, `dual_y`, `dual_w`, scaled by 1 / rho |
+| eta_k = alpha sqrt(k + 1) | `inertia` |
+
+References:
+    Xu, Liu, Zhao, Chen, Zhang, Fan, Erdogmus, Wang, Lin, Structured adversarial attack, ICLR 2019,
+    arXiv 1808.01664, section 4, eq. (7) to (15); github KaidiXu/StrAttack, l2_LADMMST_attack_v3.py.
+
+Differs from the reference:
+    The z-step weighs the three copies equally, as in the paper's eq. (15) (the code counts delta
+    twice). Points are clipped into the box before the model sees them, and norms are of the clipped
+    y. An image is not scaled by the size of its batch, as in the GSE paper's code; the retraining
+    step is the original's. Without a success there is no support, and no retraining.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.baselines import configuration
+from gse_jax.attacks.baselines.record import (
+    Record,
+    is_over,
+    is_success,
+    note,
+    outcome_of,
+    start_record,
+    wanted_label,
+)
+from gse_jax.attacks.baselines.structured_attack_steps import (
+    Blocks,
+    admm_step,
+    next_weight,
+    retraining_step,
+    start_retraining,
+    trimmed_support,
+)
+from gse_jax.ops import margin_loss
+
+_RETRAIN_C = 5.0  # first c of retraining
+
+
+@dataclasses.dataclass(frozen=True)
+class StrAttackSettings:
+    """Static configuration of StrAttack.
+
+    Attributes:
+        num_searches: runs of the binary search over c, >= 1.
+        max_steps: ADMM iterations of the first run, >= 1.
+        more_steps: iterations that every later run has more than the one before, >= 0.
+        num_retrainings: runs of the binary search on the support, >= 0.
+        retrain_steps: iterations of one of them, >= 1.
+        cell_size: side of the groups, in pixels.
+    """
+
+    num_searches: int = 8
+    max_steps: int = 200
+    more_steps: int = 0
+    num_retrainings: int = 8
+    retrain_steps: int = 200
+    cell_size: int = 2
+
+
+class StrAttackHyperparams(NamedTuple):
+    """Traced configuration of StrAttack, in images of range width 2.
+
+    Attributes:
+        c: first weight of the margin.
+        gamma: weight of the squared l2 norm.
+        tau: weight of the group norm.
+        rho: penalty of the ADMM.
+        alpha: weight of the old z, which grows with the root of the iteration.
+        radius: largest change of a value.
+    """
+
+    c: float = 0.25  # [] float
+    gamma: float = 1.0  # [] float
+    tau: float = 2.0  # [] float
+    rho: float = 1.0  # [] float
+    alpha: float = 5.0  # [] float
+    radius: float = 1.0  # [] float
+
+
+class StrAttackState(NamedTuple):
+    """State of one image.
+
+    Fixed:
+        sample: the image and its labels.
+    Changing:
+        blocks: variables of the ADMM, in units of range width 2.
+        support: [H, W, C] bool, entries that retraining may change.
+    Search:
+        c: [] weight of the margin in this run.
+        lower: [] largest c of a run that did not improve, 0 if none.
+        upper: [] smallest c of a run that improved, inf if none.
+        improved: [] bool, this run improved on the best so far.
+        run: [] int32 runs ended, those of the retraining included.
+        step: [] int32 iterations done in this run.
+        testing: [] bool; the next evaluation is of `y`, forward only.
+    Bookkeeping:
+        best_c: [] c of the run that found the best image, 0 if none.
+        record: best image by its l2 norm, status and counts.
+    """
+
+    sample: Sample  # one image
+    blocks: Blocks
+    support: jax.Array  # [H, W, C] bool
+    c: jax.Array  # [] float
+    lower: jax.Array  # [] float
+    upper: jax.Array  # [] float
+    improved: jax.Array  # [] bool
+    run: jax.Array  # [] i32
+    step: jax.Array  # [] i32
+    testing: jax.Array  # [] bool
+    best_c: jax.Array  # [] float
+    record: Record
+
+
+# Original: images of range width 1 with gamma 2, tau 3, rho 15, alpha 5, box 0.5; the same problem
+# in range width 2 has gamma / 4, tau / 2, rho / 4, alpha / 4. Its cells are 13 x 13 on ImageNet.
+_ORIGINAL = StrAttackHyperparams(c=1.0, gamma=0.5, tau=1.5, rho=3.75, alpha=1.25, radius=1.0)
+PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
+    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400),
+                  _ORIGINAL)),
+    ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
+    ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
+
+
+def preset(domain: str, targeted: bool):
+    """Return a published configuration; see `configuration.choose_preset`."""
+    return configuration.choose_preset("strattack", PRESETS, domain, targeted)
+
+
+def check(settings, hyperparams, image_shape) -> None:
+    """Refuse a configuration that cannot run; see `Method.check`."""
+    configuration.check_types("strattack", settings, hyperparams, StrAttackSettings,
+                              StrAttackHyperparams)
+    configuration.check_at_least(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
+                                            "num_retrainings": 0, "retrain_steps": 1,
+                                            "cell_size": 1})
+    configuration.check_numbers(hyperparams)
+    if settings.cell_size > min(image_shape[:2]):
+        raise ValueError(f"settings.cell_size={settings.cell_size} does not fit into images of "
+                         f"{image_shape[0]}x{image_shape[1]} pixels")
+
+
+def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
+    """Return StrAttack with its configuration bound; see `Bind`. It is deterministic."""
+    del key  # Unused.
+    low, high = bounds
+    scale = 0.5 * (high - low)
+    num_runs = settings.num_searches + settings.num_retrainings
+
+    def box(sample: Sample, params):
+        return (jnp.maximum((low - sample.x) / scale, -params.radius),
+                jnp.minimum((high - sample.x) / scale, params.radius))
+
+    def init(sample: Sample) -> StrAttackState:
+        zero, scalar = jnp.zeros_like(sample.x), jnp.zeros((), sample.x.dtype)
+        count = jnp.zeros((), jnp.int32)
+        return StrAttackState(
+            sample, Blocks(zero, zero, zero, zero, zero), jnp.zeros(zero.shape, bool),
+            jnp.asarray(hyperparams.c, zero.dtype), scalar, scalar + jnp.inf,
+            jnp.zeros((), bool), count, count, jnp.zeros((), bool), scalar, start_record(sample))
+
+    def retraining(state):
+        return state.run >= settings.num_searches
+
+    def point(state: StrAttackState):
+        w = jnp.where(state.testing | retraining(state), state.blocks.y, state.blocks.z)
+        return jnp.clip(state.sample.x + scale * w, low, high)
+
+    def loss(state: StrAttackState, logits):
+        return margin_loss(logits, wanted_label(state.sample, targeted), targeted=targeted)
+
+    def step(state: StrAttackState, evaluation) -> StrAttackState:
+        params = type(hyperparams)(*(jnp.asarray(h, state.c.dtype) for h in hyperparams))
+        again, limits = retraining(state), box(state.sample, params)
+        tests = state.testing | again
+        here = point(state)
+        score = jnp.where(tests, jnp.sum(((here - state.sample.x) / scale) ** 2), jnp.inf)
+        better = is_success(state.record, state.sample, evaluation, targeted) & (
+            score < state.record.score)
+        length = jnp.where(again, settings.retrain_steps,
+                           settings.max_steps + settings.more_steps * state.run)
+        ended = tests & (state.step + 1 >= length)
+        # Nothing to retrain on without a success.
+        hopeless = ~(better | jnp.isfinite(state.record.score))
+        last = ended & ((state.run + 1 >= num_runs)
+                        | ((state.run + 1 == settings.num_searches) & hopeless))
+        record = note(state.record, state.sample, evaluation, here, score, last,
+                      targeted=targeted, took_gradient=~state.testing)
+
+        gradient = state.c * evaluation.gradient * scale
+        searched = admm_step(state.blocks, gradient, state.step, *limits, params,
+                             settings.cell_size)
+        retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
+        searched = _select(state.testing, state.blocks, searched)
+        moved = state._replace(
+            blocks=_select(again, retrained, searched), improved=state.improved | better,
+            step=state.step + tests.astype(jnp.int32), testing=~tests,
+            best_c=jnp.where(better, state.c, state.best_c), record=record)
+        return _select(ended, begin_run(moved, settings, params, limits, scale), moved)
+
+    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
+                     lambda state: outcome_of(state.record, state.best_c),
+                     wants_gradient=lambda state: ~state.testing)
+
+
+def begin_run(state: StrAttackState, settings, params, limits, scale) -> StrAttackState:
+    """Return the state at the start of the next run, of the search or of the retraining.
+
+    Args:
+        state: the state when a run has ended.
+        settings: StrAttackSettings.
+        params: StrAttackHyperparams of arrays [].
+        limits: (lower, upper), [H, W, C] admissible perturbations.
+        scale: half the range width of the image.
+
+    Returns:
+        StrAttackState.
+    """
+    run = state.run + 1
+    c, lower, upper = next_weight(state.c, state.lower, state.upper, state.improved)
+    first = run == settings.num_searches  # retraining searches from the beginning
+    best = (state.record.best - state.sample.x) / scale
+    support = trimmed_support(best)
+    zero = jax.tree.map(jnp.zeros_like, state.blocks)
+    again = start_retraining(best, support, *limits, params)
+    return state._replace(
+        blocks=_select(run >= settings.num_searches, again, zero), support=support,
+        c=jnp.where(first, _RETRAIN_C, c), lower=jnp.where(first, 0.0, lower),
+        upper=jnp.where(first, jnp.inf, upper), improved=jnp.zeros((), bool), run=run,
+        step=jnp.zeros((), jnp.int32), testing=jnp.zeros((), bool))
+
+
+def _select(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+STRATTACK = Method(bind=bind, preset=preset, check=check)

@@ -1,0 +1,120 @@
+"""The paper's table: many attacks on the same images.
+
+References:
+    arXiv 2311.17434, section 5 (tables 1 to 4).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gse_jax import metrics
+from gse_jax.attacks import default_domain, preset
+from gse_jax.evaluation.attack_run import AttackRun, run_attack
+from gse_jax.types import Status
+
+BUDGETS = (8, 16, 24, 50)  # pixels at which success rates are compared
+
+# (key of the row, field of ImageMetrics)
+_METRICS = (("ACP", "changed_pixels"), ("ANC", "num_clusters"), ("l2", "l2"),
+            ("d_2,0", "patch_count"))
+
+
+class Comparison(NamedTuple):
+    """One attack of a comparison.
+
+    Attributes:
+        method: name of the attack.
+        runs: one AttackRun, or one for each offset.
+        rows: table rows, plain dictionaries: one, or best / average / worst over the offsets.
+    """
+
+    method: str
+    runs: tuple[AttackRun, ...]
+    rows: tuple[dict[str, Any], ...]
+
+
+def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence[int] = (),
+            domain: str | None = None, bounds=(0.0, 1.0), key=None, lanes: int | None = None,
+            num_classes: int | None = None, budgets: Sequence[int] = BUDGETS,
+            progress: Callable[[str], Any] | None = None) -> Iterator[Comparison]:
+    """Run several attacks on the same images, one after the other.
+
+    Args:
+        params: as in `gse_jax.attack`.
+        apply_fn: as in `gse_jax.attack`.
+        x: as in `gse_jax.attack`; misclassified images are not attacked.
+        y: as in `gse_jax.attack`.
+        methods: names of attacks.
+        offsets: targeted at label + k modulo the classes for each k; empty for untargeted.
+        domain: preset of all attacks that know it, e.g. "original"; None, and for the others, the
+            default of the image size.
+        bounds: as in `gse_jax.attack`.
+        key: as in `gse_jax.attack`.
+        lanes: as in `gse_jax.attack`.
+        num_classes: K; needed with `offsets`.
+        budgets: pixels k at which ASR@k is given.
+        progress: name of the attack that begins -> the `progress` function of `gse_jax.attack`.
+
+    Yields:
+        Comparison, in the order of `methods`. The seconds in a row include compilation.
+
+    Raises:
+        ValueError: for an unknown method, before anything runs.
+    """
+    default = default_domain(np.shape(x)[1:])
+    for method in methods:
+        preset(method, default, bool(offsets))  # unknown names end the comparison at once
+    y = np.asarray(y)
+    for method in methods:
+        settings, hyperparams = _configuration(method, domain, default, bool(offsets))
+        show = progress(method) if progress else None
+        options = dict(method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
+                       key=key, lanes=lanes, progress=show)
+        if offsets:
+            runs = tuple(run_attack(params, apply_fn, x, y, **options, targets=(
+                (y + offset) % num_classes).astype(np.int32)) for offset in offsets)
+            yield Comparison(method, runs, _targeted_rows(method, runs))
+        else:
+            run = run_attack(params, apply_fn, x, y, **options)
+            yield Comparison(method, (run,), (_row(method, run, budgets),))
+
+
+def _configuration(method, domain, default, targeted):
+    try:
+        return preset(method, domain or default, targeted)
+    except ValueError:
+        return preset(method, default, targeted)
+
+
+def _row(method, run, budgets):
+    numbers = run.summary()
+    measured = metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
+    found, attacked = run.status == Status.FOUND, run.status != Status.ALREADY_MISCLASSIFIED
+    rates = np.asarray(metrics.success_at_k(measured.changed_pixels, found, np.asarray(budgets),
+                                            attacked=attacked))
+    return {"attack": method, "ASR": numbers.asr_attacked, "ACP": numbers.changed_pixels.mean,
+            "ANC": numbers.num_clusters.mean, "l2": numbers.l2.mean,
+            "d_2,0": numbers.patch_count.mean, "gradients": numbers.gradient_evals.mean,
+            "forwards": numbers.forward_evals.mean,
+            "s/image": run.about["seconds"] / max(numbers.num_attacked, 1),
+            **{f"ASR@{k}": float(rate) for k, rate in zip(budgets, rates)}}
+
+
+def _targeted_rows(method, runs):
+    measured = [metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
+                for run in runs]
+    found = np.stack([run.status == Status.FOUND for run in runs])
+    attacked = np.stack([run.status != Status.ALREADY_MISCLASSIFIED for run in runs])
+    cases = {name: metrics.targeted_protocol(np.stack([getattr(m, field) for m in measured]),
+                                             found, attacked=attacked)
+             for name, field in _METRICS}
+    pairs = max(int(attacked.sum()), 1)
+    spent = {name: sum(int(getattr(run, field).sum()) for run in runs) / pairs
+             for name, field in (("gradients", "gradient_evals"), ("forwards", "forward_evals"))}
+    seconds = sum(run.about["seconds"] for run in runs) / pairs
+    return tuple({"attack": method, "over targets": kind,
+                  "ASR": getattr(cases["ACP"], kind).success_rate,
+                  **{name: getattr(case, kind).metric.mean for name, case in cases.items()},
+                  **spent, "s/image": seconds} for kind in ("best", "average", "worst"))

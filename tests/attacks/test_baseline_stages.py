@@ -1,0 +1,191 @@
+"""Single stages of the compared attacks against closed forms, and what all of them must keep to."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import ops
+from gse_jax.attacks import METHODS
+from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.baselines import nuclear_frank_wolfe, projected_gradient_descent, sigma_zero
+from gse_jax.attacks.baselines import (
+    sparse_frank_wolfe,
+    structured_attack,
+    structured_attack_steps,
+)
+from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings, strongest_cells
+from gse_jax.attacks.baselines.record import key_of
+from gse_jax.attacks.lanes import evaluate
+from tests.toy_model import toy
+
+
+def states_of(method, settings, steps, hyperparams=None, targeted=False):
+    """The attack's states over some steps on the toy images, and the bounds' half width 1."""
+    params, apply_fn, x, y = toy()
+    default = gse_jax.preset(method, "gse_paper", targeted)[1]
+    algorithm = METHODS[method].bind(settings, hyperparams or default, targeted=targeted,
+                                     bounds=(-1.0, 1.0), key=jax.random.key(0))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
+        s, evaluate(algorithm, lambda x: apply_fn(params, x), s)))
+    state = jax.vmap(algorithm.init)(samples)
+    for _ in range(steps):
+        state = advance(state)
+        yield state
+
+
+def test_frank_wolfe_on_mask_and_perturbation_stays_inside_and_descends():
+    settings = sparse_frank_wolfe.SAIFSettings(num_pixels=9)
+    losses = []
+    for state in states_of("saif", settings, 40):
+        assert float(jnp.abs(state.p).max()) <= 0.5 + 1e-12  # the preset's radius
+        assert float(state.s.min()) >= 0.0 and float(state.s.max()) <= 1.0
+        assert float(state.s.sum((1, 2)).max()) <= 9 + 1e-9
+        losses.append(np.asarray(state.loss))
+    losses = np.stack(losses)
+    assert (losses[1:] <= losses[:-1]).all() and (losses[-1] < losses[2]).any()
+
+
+def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
+    settings = nuclear_frank_wolfe.FWnuclSettings(num_sections=6, stop_at_success=False)
+    moved = 0
+    for state in states_of("fwnucl", settings, 40):
+        w = np.asarray(state.w)
+        tiles = w.reshape(6, 5, 4, 5, 4, 3).transpose(0, 1, 3, 5, 2, 4)
+        norm = np.linalg.svd(tiles, compute_uv=False).sum(-1).max(-1).sum((1, 2))
+        assert (norm <= 5.0 * (1 + 1e-9)).all()
+        moved = max(moved, norm.max())
+    assert moved > 0.5
+
+
+@pytest.mark.parametrize("place", [0.0, 0.137, 0.5, 0.81, 1.0])
+def test_golden_section_closes_in_on_the_minimum(place):
+    loss = lambda t: (t - place) ** 2
+    left, right = jnp.asarray(0.0), jnp.asarray(1.0)
+    known, value = jnp.asarray(True), None
+    point = nuclear_frank_wolfe.next_inner_point(left, right, jnp.asarray(False))
+    value = loss(point)
+    for _ in range(25):
+        point = nuclear_frank_wolfe.next_inner_point(left, right, known)
+        one, other = (value, loss(point)) if known else (loss(point), value)
+        left, right, known, value = nuclear_frank_wolfe.cut_interval(left, right, one, other)
+        assert left - 1e-12 <= place <= right + 1e-12
+    np.testing.assert_allclose(right - left, (0.5 * (math.sqrt(5.0) - 1.0)) ** 25, rtol=1e-6)
+
+
+def test_sigma_zero_learning_rate_is_the_cosine():
+    for step in (0, 25, 50, 100):
+        expected = 0.1 * 2.0 + (2.0 - 0.2) * 0.5 * (1 + math.cos(math.pi * step / 100))
+        got = sigma_zero.learning_rate_at(jnp.asarray(step), 100, jnp.asarray(2.0))
+        np.testing.assert_allclose(got, expected)
+
+
+def test_sigma_zero_threshold_zeroes_what_is_below():
+    for state in states_of("sigma_zero", sigma_zero.SigmaZeroSettings(30), 25):
+        w, threshold = np.abs(np.asarray(state.w)), np.asarray(state.threshold)
+        for one, limit in zip(w, threshold):
+            assert one[one > 0].size == 0 or one[one > 0].min() >= limit
+    assert (threshold != 0.3).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_ascent_stays_in_the_ball_and_random_points_fill_it(norm):
+    size = lambda w: float(jnp.abs(w).max() if norm == "linf" else jnp.linalg.norm(w.reshape(-1)))
+    rng = np.random.default_rng(0)
+    w = jnp.zeros((4, 4, 3))
+    for _ in range(30):
+        gradient = jnp.asarray(rng.normal(size=w.shape)) * 1e-25
+        w = projected_gradient_descent.ascend(w, gradient, norm, 0.3, 0.1)
+        assert size(w) <= 0.3 * (1 + 1e-12)
+    assert size(w) > 0.2
+    still = projected_gradient_descent.ascend(w, 0.0 * w, norm, 0.3, 0.1)
+    np.testing.assert_allclose(still, w, rtol=1e-12)
+    draws = [projected_gradient_descent.random_point(key, (2, 2, 1), jnp.float64, norm, 0.3)
+             for key in jax.random.split(jax.random.key(0), 200)]
+    sizes = np.asarray([size(draw) for draw in draws])
+    assert sizes.max() <= 0.3 and sizes.max() > 0.28 and sizes.min() < 0.2
+
+
+def test_binary_search_over_the_margin_weight():
+    c, lower, upper = jnp.asarray(2.0), jnp.asarray(0.0), jnp.asarray(jnp.inf)
+    seen = [2.0]
+    for improved in (False, True, False, True):
+        c, lower, upper = structured_attack_steps.next_weight(c, lower, upper, jnp.asarray(improved))
+        seen.append(float(c))
+    assert seen == [2.0, 10.0, 6.0, 8.0, 7.0]
+    assert (float(lower), float(upper)) == (6.0, 8.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.002, 0.0])
+def test_trimmed_support_is_the_percentile(share):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(20, 20, 3)) * (rng.uniform(size=(20, 20, 3)) < share)
+    support = np.asarray(structured_attack_steps.trimmed_support(jnp.asarray(y)))
+    entries = np.abs(y[y != 0])
+    edge = np.percentile(entries, 3) if entries.size else np.inf
+    np.testing.assert_array_equal(support, np.abs(y) > edge)
+
+
+def test_strattack_tests_points_that_are_zero_on_whole_cells():
+    settings = structured_attack.StrAttackSettings(num_searches=1, max_steps=20, num_retrainings=0)
+    _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+    active = emptied = 0
+    for state in states_of("strattack", settings, 30, hyperparams._replace(c=20.0)):
+        in_cells = lambda w: np.abs(np.asarray(w)).reshape(6, 10, 2, 10, 2, 3).sum((2, 4, 5)) > 0
+        y, z = in_cells(state.blocks.y), in_cells(state.blocks.z)
+        assert not (y & ~z).any()
+        active, emptied = max(active, y.sum()), max(emptied, (z & ~y).sum())
+    assert active > 0 and emptied > 100
+
+
+def test_mirror_descent_stays_in_its_ball_and_keeps_its_cells():
+    settings = GSMDSettings(max_steps=20, cells_per_axis=5)
+    cells = ops.grid_cells(20, 20, 5)
+    kept = None
+    for number, state in enumerate(states_of("gsmd", settings, 18)):
+        w = np.abs(np.asarray(state.w)).max(-1)
+        total = np.stack([w[:, cells == g].max(-1) for g in range(25)]).sum(0)
+        assert (total <= np.asarray(state.budget) * (1 + 1e-9)).all()
+        if number > 10:
+            assert kept is None or (np.asarray(state.kept) == kept).all()
+            kept = np.asarray(state.kept)
+            assert not w[~kept].any()
+    assert (kept.reshape(6, -1).sum(1) <= 16 * int(10 / 22.5 * 25)).all()
+
+
+def test_strongest_cells_by_their_largest_entry():
+    cells = ops.grid_cells(4, 6, 2)
+    w = jnp.zeros((4, 6, 1)).at[0, 0].set(-3.0).at[3, 5].set(2.0).at[0, 5].set(1.0)
+    mask = strongest_cells(w, cells, jnp.asarray(2))
+    np.testing.assert_array_equal(np.asarray(mask), np.isin(cells, [0, 3]))
+
+
+def test_keys_follow_the_sample_and_the_counters():
+    sample = lambda i: Sample(*(jnp.zeros(()),) * 3, jnp.asarray(i, jnp.int32))
+    key = jax.random.key(0)
+    draw = lambda *a: float(jax.random.uniform(key_of(key, *a)))
+    places = [(sample(i), jnp.asarray(r), jnp.asarray(s)) for i in range(2) for r in range(2)
+              for s in range(2)]
+    assert len({draw(*place) for place in places}) == 8
+    assert draw(*places[3]) == draw(*places[3])
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("pgd", projected_gradient_descent.PGDSettings(max_steps=1, random_start=False)),
+    ("sigma_zero", sigma_zero.SigmaZeroSettings(1)),
+])
+def test_the_point_after_the_last_step_counts(method, settings):
+    """One step is enough for a model that any change fools; the attack must look at its result."""
+    x = jnp.full((1, 8, 8, 1), 0.5)
+
+    def brittle(params, images):
+        moved = jnp.abs(images - 0.5).mean((1, 2, 3))
+        return jnp.stack([1.0 + 0.0 * moved, 1e6 * moved + images.mean((1, 2, 3)) * 1e-3], 1)
+
+    result = gse_jax.attack((), brittle, x, jnp.zeros(1, jnp.int32), method=method,
+                            settings=settings)
+    assert bool(result.success[0]) and int(result.forward_evals[0]) == 2

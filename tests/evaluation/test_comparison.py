@@ -1,0 +1,62 @@
+"""Many attacks on the same images, and the table of them."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from gse_jax import metrics, report
+from gse_jax.evaluation import compare
+from tests.toy_model import toy
+
+METHODS = ("gse", "pgd", "pgd0")
+
+
+@pytest.fixture(scope="module")
+def untargeted():
+    params, apply_fn, x, y = toy()
+    return list(compare(params, apply_fn, x, np.asarray(y), methods=METHODS, bounds=(-1.0, 1.0)))
+
+
+def test_rows_say_what_the_runs_say(untargeted):
+    assert [one.method for one in untargeted] == list(METHODS)
+    for one in untargeted:
+        (row,), (run,) = one.rows, one.runs
+        found = run.status == 0
+        assert row["ASR"] == found.mean()
+        pixels = np.asarray(metrics.changed_pixels(run.x, run.adversarials))
+        np.testing.assert_allclose(row["ACP"], pixels[found].mean())
+        np.testing.assert_allclose(row["gradients"], run.gradient_evals.mean())
+        for k in (8, 16, 24, 50):
+            np.testing.assert_allclose(row[f"ASR@{k}"], (found & (pixels <= k)).mean())
+
+
+def test_the_table_is_written_in_three_forms(untargeted, tmp_path):
+    rows = [row for one in untargeted for row in one.rows]
+    paths = report.write_table(rows, tmp_path / "table")
+    assert [p.suffix for p in paths] == [".csv", ".md", ".tex"]
+    with open(paths[0], encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [r["attack"] for r in read] == list(METHODS)
+    assert float(read[0]["ACP"]) == rows[0]["ACP"]
+    assert paths[1].read_text().count("\n") == 2 + len(METHODS)
+    assert "\\toprule" in paths[2].read_text()
+
+
+def test_targeted_gives_best_average_and_worst():
+    params, apply_fn, x, y = toy()
+    (one,) = compare(params, apply_fn, x, np.asarray(y), methods=("pgd",), offsets=(1, 2),
+                     num_classes=5, bounds=(-1.0, 1.0))
+    assert [row["over targets"] for row in one.rows] == ["best", "average", "worst"]
+    assert len(one.runs) == 2
+    values = np.stack([np.asarray(metrics.l2_norm(r.x, r.adversarials)) for r in one.runs])
+    found = np.stack([r.status == 0 for r in one.runs])
+    if found.any():
+        best = np.where(found, values, np.inf).min(0)
+        np.testing.assert_allclose(one.rows[0]["l2"], best[np.isfinite(best)].mean())
+
+
+def test_an_unknown_method_ends_it_before_anything_runs():
+    params, apply_fn, x, y = toy()
+    with pytest.raises(ValueError, match="gze"):
+        next(compare(params, apply_fn, x, np.asarray(y), methods=("gse", "gze")))

@@ -1,0 +1,80 @@
+"""Linear minimisation and group shrinkage against dense or brute-force solutions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gse_jax import ops
+
+
+def test_capped_simplex_vertex_against_all_vertices():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        gradient = rng.normal(size=(2, 3))
+        best = min(sum(gradient.reshape(-1)[list(chosen)]) for k in range(3)
+                   for chosen in itertools.combinations(range(6), k))
+        vertex = ops.capped_simplex_vertex(jnp.asarray(gradient), 2)
+        np.testing.assert_allclose(jnp.sum(vertex * gradient), best, rtol=1e-12)
+        assert set(np.unique(vertex)) <= {0.0, 1.0} and float(vertex.sum()) <= 2
+    assert not ops.capped_simplex_vertex(jnp.ones((3, 3)), 2).any()
+
+
+@pytest.mark.parametrize("shape", [(40, 4, 4), (7, 3, 32, 32), (5, 6, 3)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_leading_pair_against_a_dense_svd(shape, dtype):
+    matrices = np.random.default_rng(1).normal(size=shape) * 1e-12  # tiny gradients too
+    sigma, u, v = ops.leading_pair(jnp.asarray(matrices, dtype))
+    expected = np.linalg.svd(matrices, compute_uv=False)
+    np.testing.assert_allclose(sigma, expected[..., 0], rtol=1e-4)
+    clear = expected[..., 1] < 0.95 * expected[..., 0]
+    assert clear.any()
+    left, _, right = np.linalg.svd(matrices)
+    outer = np.einsum("...m,...n->...mn", left[..., 0], right[..., 0, :])
+    got = np.einsum("...m,...n->...mn", u, v)
+    np.testing.assert_allclose(got[clear], outer[clear], atol=1e-4)
+    assert not any(np.isnan(a).any() for a in ops.leading_pair(jnp.zeros(shape, dtype)))
+
+
+@pytest.mark.parametrize("shape, size", [((9, 13, 3), 4), ((8, 8, 1), 8), ((12, 8, 3), 2)])
+def test_nuclear_group_vertex_against_dense_svds(shape, size):
+    """Feasible, and as far down as any vertex of any patch; dual of the norm of the gradient."""
+    gradient = np.random.default_rng(2).normal(size=shape)
+    gains = {}
+    for top, left in itertools.product(range(0, shape[0] - size + 1, size),
+                                       range(0, shape[1] - size + 1, size)):
+        patch = gradient[top:top + size, left:left + size]
+        gains[top, left] = sum(np.linalg.norm(patch[..., c], 2) for c in range(shape[2]))
+    vertex = np.array(ops.nuclear_group_vertex(jnp.asarray(gradient), size, 5.0))
+    np.testing.assert_allclose((vertex * gradient).sum(), -5.0 * max(gains.values()), rtol=1e-4)
+    top, left = max(gains, key=gains.get)
+    patch = vertex[top:top + size, left:left + size].copy()
+    vertex[top:top + size, left:left + size] = 0.0
+    assert not vertex.any()
+    for c in range(shape[2]):
+        np.testing.assert_allclose(np.linalg.norm(patch[..., c], "nuc"), 5.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape, size", [((6, 6, 3), 2), ((7, 5, 1), 3)])
+def test_group_soft_threshold_cell_by_cell(shape, size):
+    v = np.random.default_rng(3).normal(size=shape)
+    z = np.asarray(ops.group_soft_threshold(jnp.asarray(v), 1.7, size))
+    kept = 0
+    for top, left in itertools.product(range(0, shape[0], size), range(0, shape[1], size)):
+        cell = np.s_[top:top + size, left:left + size]
+        norm = np.linalg.norm(v[cell])
+        np.testing.assert_allclose(z[cell], max(0.0, 1 - 1.7 / norm) * v[cell], atol=1e-12)
+        kept += norm > 1.7
+    assert 0 < kept
+    # Nearby points are no better: 1/2 |z - v|^2 + tradeoff * sum |z_cell|.
+    def value(z):
+        norms = ops.cell_sums(jnp.sum(z * z, -1), size)
+        weight = ops.cell_sums(jnp.ones(shape[:2]), size)  # every cell counts once
+        return 0.5 * jnp.sum((z - v) ** 2) + 1.7 * jnp.sum(jnp.sqrt(norms) / weight)
+
+    for seed in range(20):
+        step = 0.01 * np.random.default_rng(seed).normal(size=shape)
+        assert value(jnp.asarray(z + step)) > value(jnp.asarray(z))
+    assert np.isfinite(jax.jit(lambda v: ops.group_soft_threshold(v, 0.0, size))(0.0 * v)).all()
