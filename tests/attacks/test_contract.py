@@ -50,7 +50,7 @@ TABLE = {
     "pgd0 sigma": Row(PGD0Settings(num_pixels=50, max_steps=10, num_restarts=2, sigma_map=True),
                       targeted=True),
     "sparse_rs": Row(SparseRSSettings(num_pixels=20, max_queries=40, num_restarts=2), targeted=True,
-                     planted=SparseRSSettings(num_pixels=8, max_queries=3000)),
+                     planted=SparseRSSettings(num_pixels=8, max_queries=1000, num_restarts=20)),
     "sparse_rs patches": Row(SparseRSSettings(num_pixels=30, kind="patches", max_queries=60),
                              targeted=True,
                              planted=SparseRSSettings(num_pixels=36, kind="patches",
