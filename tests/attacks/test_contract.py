@@ -229,7 +229,7 @@ def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
     params, apply_fn, x, y = toy()
 
     def poisoned(params, images):
-        bad = jnp.abs(images - x[2]).mean((1, 2, 3)) < 0.2  # image 2 and what is made of it
+        bad = images[:, 0, 0, 0] == x[2, 0, 0, 0]
         return jnp.where(bad[:, None], jnp.nan, apply_fn(params, images))
 
     result = run(row, params, poisoned, x, y, lanes=3)
@@ -270,8 +270,7 @@ def test_hyperparameters_and_values_never_compile_anew(row):
             hyperparams=swept)
         if scale == 1.0:
             first = len(traces)
-    # The shape check looks at the model once per call; it compiles nothing.
-    assert len(traces) == first + 1
+    assert len(traces) == first >= 2  # the shape check, and the program
 
 
 def backdoor(num_images=3, size=16):

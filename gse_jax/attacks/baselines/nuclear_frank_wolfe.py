@@ -200,7 +200,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         found = state.section > settings.num_sections
         size = 0.5 * (left + right)
         count = state.step + found.astype(jnp.int32)
-        over = (success & settings.stop_at_success) | (at_iterate & (state.step >= settings.max_steps))
+        over = at_iterate & (state.step >= settings.max_steps)
+        over |= success & settings.stop_at_success
         return FWnuclState(
             sample=state.sample,
             w=jnp.where(found, state.w + size * (state.vertex - state.w), state.w),

@@ -15,10 +15,9 @@ References:
     CityU-MLO/sPGD, autoattack/spgd.py and mask.py.
 
 Differs from the reference:
-    The mask is drawn anew after `patience` unchanged iterations of the image itself; there the
-    count is kept back only when no image of the batch is unchanged. A targeted attack succeeds at
-    the target, not at any wrong class. Budgets of the structured version are in pixels: as many
-    blocks as surely fit.
+    The mask is drawn anew after `patience` unchanged iterations of the image itself, not of its
+    batch. A targeted attack succeeds at the target, not at any wrong class. Budgets of the
+    structured version are in pixels: as many blocks as surely fit.
 """
 
 import dataclasses
@@ -49,10 +48,9 @@ from gse_jax.ops import (
     logit_gap,
 )
 
-# The true class leads by less than this: the logit difference takes over from the cross entropy.
-_LOW_CONFIDENCE = 0.5
-# Gradients of the mask below this length do not move it; both of the reference.
-_VANISHED, _FLOOR = 2e-10, 1e-10
+# Lead of the true class below which the logit difference takes over; vanishing gradients of the
+# mask and the floor of their length. All three of the reference.
+_LOW_CONFIDENCE, _VANISHED, _FLOOR = 0.5, 2e-10, 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +113,7 @@ class SparsePGDState(NamedTuple):
     record: Record
 
 
-# Sparse-PGD is not in the GSE paper. 300 steps and 20 pixels are the comparison's CIFAR-10 setting;
-# 200 pixels are the authors' budget on their ImageNet-100 (evaluate_large.py).
+# Not in the GSE paper: 300 steps, and 20 pixels (CIFAR-10) or 200 (ImageNet), are our choice.
 PRESETS = {(domain, targeted): (settings, SparsePGDHyperparams()) for targeted in (False, True)
            for domain, settings in (
                ("original", SparsePGDSettings()),
@@ -183,15 +180,15 @@ def kept_blocks(scores, settings, image_shape):
 
 
 def spread(values, settings, image_shape):
-    """Put a number per block down on its pixels.
+    """Put a number in [0, 1] per block down on its pixels.
 
     Args:
-        values: [rows, columns] in [0, 1].
+        values: [rows, columns].
         settings: SparsePGDSettings.
         image_shape: (H, W, C).
 
     Returns:
-        [H, W, 1] in [0, 1].
+        [H, W, 1].
     """
     pattern, stride = block_of(settings, image_shape)
     return expand_blocks(values, image_shape[:2], pattern, stride)[..., None]
@@ -265,8 +262,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         return climbing_loss(logits, state.sample, targeted)
 
     def step(state: SparsePGDState, evaluation) -> SparsePGDState:
-        x, params = state.sample.x, type(hyperparams)(
-            *(jnp.asarray(h, state.w.dtype) for h in hyperparams))
+        x = state.sample.x
+        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         clean = state.record.forward_evals == 0
         success = is_success(state.record, state.sample, evaluation, targeted)
         over = success | (~clean & (state.step >= settings.max_steps))
@@ -283,10 +280,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         scores = state.scores + rate * gain / (length + _FLOOR)
 
         same = jnp.all(kept_blocks(scores, settings, x.shape) == kept)
-        # A mask that did not change and did not succeed is given up; the perturbation then waits.
+        # A mask that did not change is given up; the perturbation then waits.
         stuck = state.unchanged >= settings.patience
-        # At the clean image nothing moves: the first iterate is the starting point itself.
-        stay = clean | stuck
+        stay = clean | stuck  # after the clean image, the starting point itself is looked at
         fresh = draw_scores(state.sample, state.step + 1)
         return SparsePGDState(
             sample=state.sample,

@@ -1,4 +1,4 @@
-r"""StrAttack: ADMM on margin, l2 norm, group norm and box; weight search; retraining on the support.
+r"""StrAttack: ADMM on margin, l2, group norm and box; weight search; retraining on the support.
 
 Minimises `c f(z) + gamma |delta|^2 + tau sum_cells |y_cell|_2` with delta = y = w = z and w in the
 box. The binary search lowers c after every run that improved on the smallest l2 norm so far. Then
