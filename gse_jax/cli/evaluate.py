@@ -28,6 +28,9 @@ def add_commands(commands) -> None:
     evaluate.add_argument("--out", default="gse-run", help="run directory (default gse-run)")
     evaluate.add_argument("--shard", metavar="I/N", help="do part I of N only (array jobs)")
     evaluate.add_argument("--engine", default="local", choices=("local", "distributed", "ray"))
+    evaluate.add_argument("--stall-minutes", type=float, default=60.0,
+                          help="end with the resumable code 75 when nothing moves for so long, as "
+                               "on a hung device (default 60; 0 never)")
     evaluate.add_argument("--allow-mismatch", action="store_true",
                           help="go on in a directory of other weights, data or settings")
     evaluate.add_argument("--force", action="store_true", help="go on although a check found an "
@@ -86,7 +89,8 @@ def _evaluate(args):
     shard = parse_shard(args.shard) if args.shard else None
     with display() as show:
         run = evaluate(plan, args.out, shard=shard, engine=args.engine, on_progress=show,
-                       allow_mismatch=args.allow_mismatch, force=args.force)
+                       allow_mismatch=args.allow_mismatch, force=args.force,
+                       stall_seconds=60 * args.stall_minutes or None)
     for finding in run.manifest.get("findings", ()):
         if finding["severity"] != "info":
             print(f"{finding['severity']}: {finding['message']} {finding['fix']}")

@@ -31,6 +31,7 @@ def checked_dataset(
     class_names: Sequence[str] = (),
     *,
     source: str,
+    keep_faulty: bool = False,
 ) -> Dataset:
     """Check raw arrays and convert them to a `Dataset`.
 
@@ -40,6 +41,7 @@ def checked_dataset(
       ids: N different names, or None for the zero-padded position.
       class_names: Name of each class, or nothing.
       source: Where the arrays come from, for error messages.
+      keep_faulty: Let images with NaN or values outside [0, 1] through.
 
     Returns:
       The data set; 8-bit images are divided by 255.
@@ -48,7 +50,7 @@ def checked_dataset(
       TypeError: If images are neither uint8 nor floating point, or labels are no integers.
       ValueError: If a shape, a value or a length is not as described.
     """
-    images = _checked_images(images, source)
+    images = _checked_images(images, source, keep_faulty)
     labels = _checked_labels(labels, source)
     if ids is None:
         ids = [f"{i:06d}" for i in range(len(images))]
@@ -65,7 +67,7 @@ def checked_dataset(
     return Dataset(images, labels, ids, tuple(class_names))
 
 
-def _checked_images(images: np.ndarray, source: str) -> np.ndarray:
+def _checked_images(images: np.ndarray, source: str, keep_faulty: bool) -> np.ndarray:
     if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in _CHANNELS:
         nchw = images.ndim == 4 and images.shape[1] in _CHANNELS
         fix = "; it looks like NCHW: transpose it by (0, 2, 3, 1)" if nchw else ""
@@ -82,7 +84,7 @@ def _checked_images(images: np.ndarray, source: str) -> np.ndarray:
             f"{source}: images are {images.dtype}, expected uint8, or floating point in [0, 1]"
         )
     low, high = float(images.min()), float(images.max())  # NaN in the images makes both NaN.
-    if not (low >= 0.0 and high <= 1.0):
+    if not (low >= 0.0 and high <= 1.0) and not keep_faulty:
         raise ValueError(
             f"{source}: floating-point images span [{low:g}, {high:g}], expected [0, 1]; "
             "rescale them, or store 8-bit images as uint8"

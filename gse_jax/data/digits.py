@@ -17,13 +17,15 @@ _SPLIT_SEED = 0
 _ENLARGEMENT = 4
 
 
-def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
+def read(rest: str, *, limit: int | None, data_dir: str | None,
+         keep_faulty: bool = False) -> Dataset:
     """Load the digits.
 
     Args:
       rest: "" or "test" for the 360 test images, "train" for the other 1437.
       limit: Keep the first so many images, or None.
       data_dir: Ignored.
+      keep_faulty: Ignored.
 
     Returns:
       Images `[N, 32, 32, 3]`; ids are positions in scikit-learn's array, such as "digits-0042".
@@ -32,7 +34,7 @@ def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
       ValueError: If there is no such split.
       ImportError: If scikit-learn is not installed.
     """
-    del data_dir  # Unused: the images are inside scikit-learn.
+    del data_dir, keep_faulty  # Unused: the images are inside scikit-learn, and sound.
     if rest not in ("", "test", "train"):
         raise ValueError(f"source: digits has no split {rest!r}, expected test or train")
     try:

@@ -8,13 +8,15 @@ import numpy as np
 from gse_jax.data.dataset import Dataset, checked_dataset
 
 
-def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
+def read(rest: str, *, limit: int | None, data_dir: str | None,
+         keep_faulty: bool = False) -> Dataset:
     """Read arrays `x`, `y` and optionally `ids` from an npz file.
 
     Args:
       rest: Path of the file; a relative one starts from `data_dir`.
       limit: Keep the first so many images, or None.
       data_dir: Folder, or None for the working directory.
+      keep_faulty: Keep images with values that no image has.
 
     Returns:
       The data set. `x` is `[N, H, W, C]`, uint8 or floats in [0, 1]; `y` is `[N]` integers; without
@@ -49,7 +51,8 @@ def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
         ids = [str(i) for i in given[:limit]]
     if images.ndim == 0 or labels.ndim == 0:
         raise ValueError(f"{source}: x and y must be arrays [N, H, W, C] and [N], got scalars")
-    return checked_dataset(images[:limit], labels[:limit], ids, source=source)
+    return checked_dataset(images[:limit], labels[:limit], ids, source=source,
+                           keep_faulty=keep_faulty)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -11,8 +11,8 @@ from gse_jax.data.dataset import Dataset
 class _Source(NamedTuple):
     """One registry row: how the string is written, and its reader.
 
-    A reader is called as `read(rest, limit=..., data_dir=...)`, `rest` being what follows the first
-    colon of the source string, "" without one.
+    A reader is called as `read(rest, limit=..., data_dir=..., keep_faulty=...)`, `rest` being what
+    follows the first colon of the source string, "" without one.
     """
 
     usage: str
@@ -31,7 +31,8 @@ def sources() -> tuple[str, ...]:
     return tuple(row.usage for row in _SOURCES.values())
 
 
-def load(source: str, *, limit: int | None = None, data_dir: str | None = None) -> Dataset:
+def load(source: str, *, limit: int | None = None, data_dir: str | None = None,
+         keep_faulty: bool = False) -> Dataset:
     """Load labelled images.
 
     Args:
@@ -44,6 +45,8 @@ def load(source: str, *, limit: int | None = None, data_dir: str | None = None) 
       limit: Keep the first so many images, at least 1; None keeps all.
       data_dir: Folder of the prepared TFDS sets, and the folder that a relative FILE starts from;
         `digits` does not need it.
+      keep_faulty: Keep floating-point images that hold NaN or leave [0, 1], for a caller that sets
+        them aside one by one as `gse_jax.evaluation` does; else one of them refuses the whole.
 
     Returns:
       The images with labels and stable ids.
@@ -63,7 +66,7 @@ def load(source: str, *, limit: int | None = None, data_dir: str | None = None) 
     kind, _, rest = source.partition(":")
     if kind not in _SOURCES:
         raise ValueError(f"source: got {source!r}, expected {_usage()}")
-    return _SOURCES[kind].read(rest, limit=limit, data_dir=data_dir)
+    return _SOURCES[kind].read(rest, limit=limit, data_dir=data_dir, keep_faulty=keep_faulty)
 
 
 def _usage() -> str:

@@ -20,7 +20,8 @@ _NAME_AND_SPLIT = re.compile(r"(?P<name>.+):(?P<split>[^:\[\]]+(?:\[[^\]]*\])?)"
 _ID_FEATURES = ("id", "file_name")
 
 
-def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
+def read(rest: str, *, limit: int | None, data_dir: str | None,
+         keep_faulty: bool = False) -> Dataset:
     """Read a prepared TFDS set.
 
     TFDS stores examples shuffled. Where they carry an id, they come sorted by it, so that a limit
@@ -30,6 +31,7 @@ def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
       rest: `NAME:SPLIT`; the set needs the features `image` and `label`.
       limit: Keep the first so many images, or None.
       data_dir: TFDS's folder, or None for its default (`~/tensorflow_datasets`).
+      keep_faulty: Keep floating-point images with values that no image has.
 
     Returns:
       The data set, with the class names that TFDS knows.
@@ -73,6 +75,7 @@ def read(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
         None if ids is None else ids[:limit],
         getattr(features["label"], "names", None) or (),
         source=source,
+        keep_faulty=keep_faulty,
     )
 
 

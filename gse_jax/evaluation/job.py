@@ -110,7 +110,8 @@ def _load_data(plan: Plan):
                          "pass data=")
     from gse_jax import data
 
-    return data.load(plan.data, limit=plan.limit, data_dir=plan.data_dir or None)
+    return data.load(plan.data, limit=plan.limit, data_dir=plan.data_dir or None,
+                     keep_faulty=True)
 
 
 def preflight(job: Job) -> list[Any]:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.evaluation.forward import is_out_of_memory
+
 _SMALL_SIDE = 64  # pixels; larger images come in smaller batches and fewer of them are probed
 _MIN_BATCH = 4  # rows; below that, batch statistics have nothing to mix
 
@@ -59,7 +61,7 @@ class ModelProbe:
         """
         affine = self._identity if affine is None else tuple(
             np.asarray(a, x.dtype) for a in affine)
-        return _in_batches(lambda x: self._logits(self._params, x, *affine), self.batch, x)
+        return self._in_batches("batch", lambda x: self._logits(self._params, x, *affine), x)
 
     def gradients(self, x, y):
         """Return input gradients of `logit of y - largest other logit`, and the logits beside it.
@@ -73,8 +75,9 @@ class ModelProbe:
         Returns:
             (gradients [M, H, W, C], logits [M, K]), NumPy.
         """
-        return _in_batches(lambda x, y: self._gradients(self._params, x, y), self.gradient_batch,
-                           x, np.asarray(y, np.int32))
+        return self._in_batches("gradient_batch",
+                                lambda x, y: self._gradients(self._params, x, y),
+                                x, np.asarray(y, np.int32))
 
     def gradient_error(self):
         """Try whether the model can be differentiated, without computing anything.
@@ -112,7 +115,29 @@ class ModelProbe:
         if _same_program(first, second):
             return None
         again = jax.jit(lambda p, x: self._apply_fn(p, x))
-        return _in_batches(lambda x: again(self._params, x), self.batch, x)
+        return self._in_batches("batch", lambda x: again(self._params, x), x)
+
+    def _in_batches(self, name, fn, *arrays):
+        """Call `fn` on full batches, the last one filled up with its own rows; join the rows.
+
+        Where memory runs out, the batch of that name halves for good.
+        """
+        outputs, start = [], 0
+        while start < len(arrays[0]):
+            batch = getattr(self, name)
+            rows = [a[start:start + batch] for a in arrays]
+            count = len(rows[0])
+            try:
+                filled = fn(*(r[np.arange(batch) % count] for r in rows))
+                filled = jax.tree.map(lambda o: np.asarray(o, np.float64), filled)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error) or batch == 1:
+                    raise
+                setattr(self, name, batch // 2)
+                continue
+            outputs.append(jax.tree.map(lambda o, count=count: o[:count], filled))
+            start += count
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def evenly_chosen(count, limit):
@@ -135,18 +160,6 @@ def _margins(logits, y):
     chosen = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
     other = jnp.max(jnp.where(own, -jnp.inf, logits), axis=1)
     return jnp.sum(chosen - other), logits
-
-
-def _in_batches(fn, batch, *arrays):
-    """Call `fn` on full batches, the last one filled up with its own rows, and join the rows."""
-    outputs = []
-    for start in range(0, len(arrays[0]), batch):
-        rows = [a[start:start + batch] for a in arrays]
-        count = len(rows[0])
-        filled = fn(*(r[np.arange(batch) % count] for r in rows))
-        filled = jax.tree.map(lambda o: np.asarray(o, np.float64), filled)
-        outputs.append(jax.tree.map(lambda o, count=count: o[:count], filled))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def _same_program(first, second):

@@ -82,6 +82,21 @@ def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole,
     assert "18 samples could not be used and are quarantined" in run.warnings
 
 
+def test_corrupt_images_of_a_named_file_are_set_aside_too(tmp_path):
+    """`attack` refuses such a file as a whole; `evaluate` must go on without the two images."""
+    data = dataset()
+    images = data.images.astype(np.float32)
+    images[6, 2, 2], images[8] = np.nan, images[8] * 255
+    np.savez(tmp_path / "images.npz", x=images, y=data.labels, ids=np.asarray(data.ids))
+    plan = dataclasses.replace(UNTARGETED, data=f"npz:{tmp_path / 'images.npz'}")
+    in_float32 = small_logits, tuple(array.astype(np.float32) for array in model()[1])
+    rows = table(evaluate(plan, tmp_path / "run", model=in_float32))
+    quarantined = [row for row in rows.values() if row["status"] == "quarantined"]
+    assert [row["index"] for row in quarantined] == [6, 8]
+    assert "NaN" in quarantined[0]["reason"] and "bounds" in quarantined[1]["reason"]
+    assert len(rows) == 40
+
+
 def test_where_no_image_can_be_used_the_data_is_refused(tmp_path):
     data = dataset()
     with pytest.raises(ValueError, match="data: none of the first images.*inside bounds"):
@@ -134,6 +149,22 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     widths.clear()
     evaluate_small(tmp_path, dataclasses.replace(PLAN, lanes=4))
     assert widths == [2, 2]  # ... and for the next start.
+
+
+def hungry_logits(params, x):
+    """The small model, which asks for 35 TB where a device holds more than eight images."""
+    count = 1 << 43 if x.shape[0] > 8 else 2
+    memory = jnp.sort(jnp.sin(jax.lax.iota(jnp.float32, count) * x.sum().astype(jnp.float32)))
+    return small_logits(params, x) + 0 * memory[1].astype(x.dtype)
+
+
+def test_a_real_out_of_memory_halves_lanes_and_batches(whole, tmp_path):
+    run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=36), model=(
+        hungry_logits, model()[1]))
+    assert run.complete
+    same_tables(table(run), {k: v for k, v in table(whole).items() if k in table(run)})
+    assert len(table(run)) == 40
+    assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [18]
 
 
 def test_out_of_memory_in_one_lane_is_the_end_and_what_was_done_is_kept(tmp_path, monkeypatch):
