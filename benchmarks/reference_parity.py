@@ -47,8 +47,7 @@ def main():
             if "CIFAR" in name and len(x) == len(published["ACP"]):
                 row[f"{metric}_published"] = float(published[metric].mean())
         rows.append(row)
-        print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                         for k, v in row.items()), flush=True)
+        results_file.show(row)
     results_file.write("reference_parity", args, rows)
 
 

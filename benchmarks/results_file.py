@@ -39,6 +39,12 @@ def write(name, args, rows):
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def show(row):
+    """Print one row of the table."""
+    print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                     for k, v in row.items()), flush=True)
+
+
 def network_and_images(count):
     """(params, apply_fn, x, y, bounds, name): the paper's CIFAR-10 network, else the digits'."""
     from gse_jax import data, models

@@ -9,7 +9,8 @@ import gse_jax
 
 PUBLIC = [
     "AttackResult", "GSEHyperparams", "GSESettings", "Status", "attack", "attack_stream", "data",
-    "evaluation", "metrics", "models", "ops", "preset", "report", "use_all_cpu_cores",
+    "differentiable", "differentiable_attack", "evaluation", "implicit_attack", "metrics", "models",
+    "ops", "preset", "report", "use_all_cpu_cores", "use_compilation_cache",
 ]
 
 
@@ -21,7 +22,8 @@ def test_public_names_are_the_frozen_list():
 def test_attack_keeps_its_signature():
     parameters = inspect.signature(gse_jax.attack).parameters
     assert list(parameters) == ["params", "apply_fn", "x", "y", "targets", "method", "settings",
-                                "hyperparams", "bounds", "key", "lanes", "progress"]
+                                "hyperparams", "bounds", "key", "lanes", "precision",
+                                "progress"]
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[4:])
 
 

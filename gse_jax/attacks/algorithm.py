@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
+
+NO_SEGMENTS = np.zeros((0, 0), np.int32)
 
 
 class Sample(NamedTuple):
@@ -19,12 +22,15 @@ class Sample(NamedTuple):
         y: [] int32 true label.
         target: [] int32 target class; -1 in an untargeted attack.
         sample_id: [] int32 position in the caller's batch; `NO_SAMPLE` marks an empty place.
+        segments: [H, W] int32 superpixel of every pixel, numbered from 0 and below H * W; [0, 0]
+            for methods without superpixels, so that they carry nothing along. The engine fills it.
     """
 
     x: jax.Array  # [H, W, C] float
     y: jax.Array  # [] i32
     target: jax.Array  # [] i32
     sample_id: jax.Array  # [] i32
+    segments: jax.Array = NO_SEGMENTS  # [H, W] i32, or [0, 0]
 
 
 NO_SAMPLE = -1
@@ -97,8 +103,12 @@ class Method(NamedTuple):
             it does not know.
         check: (settings, hyperparams, image_shape) -> None; raises ValueError in one line for a
             configuration that cannot run on images of that shape.
+        segment: (settings, images) -> [N, H, W] int32 superpixels of NumPy images [N, H, W, C] in
+            [0, 1], or None where these settings need none; runs on the host, before the loop. None
+            for methods that never do.
     """
 
     bind: Bind
     preset: Callable[[str, bool], tuple[Any, Any]]
     check: Callable[[Any, Any, tuple[int, int, int]], None]
+    segment: Callable[[Any, np.ndarray], np.ndarray | None] | None = None

@@ -10,6 +10,7 @@ import numpy as np
 
 from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.precision import check_precision, confirmed
 from gse_jax.attacks.program import Program, in_graph
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
@@ -20,6 +21,7 @@ from gse_jax.attacks.runner import (
     run,
     stream,
 )
+from gse_jax.attacks.segmentation import segments_of
 from gse_jax.types import ApplyFn, AttackResult, Bounds
 
 LARGEST_CIFAR_SIDE = 64  # pixels; larger images take the ImageNet preset
@@ -56,6 +58,7 @@ def attack(
     bounds: Bounds = (0.0, 1.0),
     key=None,
     lanes: int | None = None,
+    precision: str = "highest",
     progress: Callable[[Progress], None] | None = None,
 ) -> AttackResult:
     """Attack a batch of images.
@@ -78,6 +81,9 @@ def attack(
         key: None, an int, or a `jax.random.key`; attacks without randomness ignore it.
         lanes: number of images worked on at a time, over all devices. Changes speed, not results
             (up to the model's own rounding).
+        precision: how accelerators multiply inside the loop, "highest" (float32), "tf32" or "bf16";
+            where the model's own calls say nothing else. After a coarser loop the adversarial
+            images are classified once more in float32, and what does not hold is not found.
         progress: called with a `Progress` between bounded stretches of work; ignored under the
             caller's `jit` or `vmap`.
 
@@ -97,13 +103,14 @@ def attack(
     """
     bounds = validation.check_bounds(bounds)
     validation.check_lanes(lanes)
+    check_precision(precision)
     x, y = _as_array("x", x), _as_array("y", y)
     targeted = targets is not None
     targets = _as_array("targets", targets) if targeted else None
     validation.check_images(x, bounds)
     _check_label_shapes(y, targets, x.shape[0])
     setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
-                    x.shape[1:], x.dtype)
+                    x.shape[1:], x.dtype, precision)
     _check_label_values(y, targets, setup.num_classes)
 
     count = x.shape[0]
@@ -111,7 +118,7 @@ def attack(
     array = jnp.asarray if traced else np.asarray
     goal = targets if targeted else np.full(count, -1)
     samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
-                     np.arange(count, dtype=np.int32))
+                     np.arange(count, dtype=np.int32), setup.segment(x))
     arguments = (params, setup.hyperparams, setup.key, samples)
     if count == 0:
         outcome = _empty_outcome(setup, samples)
@@ -121,13 +128,15 @@ def attack(
     else:
         outcome = run(setup.program, *arguments, lanes, progress)
     outcome = jax.tree.map(jnp.asarray, outcome)
+    if precision != "highest" and count:
+        outcome = confirmed(params, setup.program.apply_fn, outcome, x, y, targets)
     return AttackResult(*outcome, method=method, preset=setup.preset)
 
 
 def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image_shape,
                   dtype=np.float32, targeted: bool = False, method: str = "gse", settings=None,
                   hyperparams=None, bounds: Bounds = (0.0, 1.0), key=None,
-                  lanes: int | None = None,
+                  lanes: int | None = None, precision: str = "highest",
                   num_images: int | None = None) -> Iterator[Stretch]:
     """Attack batches as they come: as many images as there are, in the memory of a few batches.
 
@@ -146,6 +155,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
         bounds: as in `attack`.
         key: as in `attack`.
         lanes: as in `attack`.
+        precision: as in `attack`; after a coarser loop the check in float32 is the caller's.
         num_images: how many images will come, if known; few images take fewer lanes.
 
     Yields:
@@ -159,10 +169,11 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     """
     bounds = validation.check_bounds(bounds)
     validation.check_lanes(lanes)
+    check_precision(precision)
     image_shape = tuple(image_shape)
     validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
     setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
-                    image_shape, dtype)
+                    image_shape, dtype, precision)
 
     def checked():
         for batch in batches:
@@ -176,7 +187,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
             _check_label_shapes(sample.y, targets, sample.x.shape[0])
             _check_label_values(sample.y, targets, setup.num_classes)
             yield Sample(sample.x, sample.y.astype(np.int32), sample.target.astype(np.int32),
-                         sample.sample_id.astype(np.int32))
+                         sample.sample_id.astype(np.int32), setup.segment(sample.x))
 
     return stream(setup.program, params, setup.hyperparams, setup.key, checked(),
                   image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
@@ -202,10 +213,11 @@ class _Setup(NamedTuple):
     key: jax.Array
     num_classes: int
     preset: str
+    segment: Callable[[Any], Any]  # images [N, H, W, C] -> their superpixels
 
 
 def _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted, image_shape,
-            dtype) -> _Setup:
+            dtype, precision) -> _Setup:
     row = find_method(method)
     domain = default_domain(image_shape)
     default_settings, default_hyperparams = row.preset(domain, targeted)
@@ -217,9 +229,10 @@ def _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, target
     row.check(settings, hyperparams, image_shape)
     num_classes = validation.check_model(params, apply_fn, image_shape, dtype)
     program = Program(_hashable(apply_fn), row.bind, settings, targeted, bounds,
-                      rewrite_convolutions=jax.default_backend() == "cpu")
+                      rewrite_convolutions=jax.default_backend() == "cpu", precision=precision)
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
-    return _Setup(program, hyperparams, as_key(key), num_classes, name)
+    return _Setup(program, hyperparams, as_key(key), num_classes, name,
+                  lambda x: segments_of(row, settings, x, bounds))
 
 
 def _check_label_shapes(y, targets, count):

@@ -13,6 +13,7 @@ from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
 from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import while_loop
+from gse_jax.attacks.precision import multiplying
 from gse_jax.types import ApplyFn
 
 AXIS = "devices"
@@ -29,6 +30,7 @@ class Program:
         targeted: direction.
         bounds: (low, high).
         rewrite_convolutions: see `convolutions.py`; on for CPU.
+        precision: see `precision.py`.
     """
 
     apply_fn: ApplyFn
@@ -37,6 +39,7 @@ class Program:
     targeted: bool
     bounds: tuple[float, float]
     rewrite_convolutions: bool
+    precision: str = "highest"
 
     def algorithm(self, hyperparams, key) -> Algorithm:
         """Bind the attack to its hyperparameters (possibly traced)."""
@@ -49,7 +52,8 @@ class Program:
         algorithm = self.algorithm(hyperparams, key)
 
         def evaluate_fn(params, states):
-            return evaluate(algorithm, functools.partial(self.apply_fn, params), states)
+            with multiplying(self.precision):
+                return evaluate(algorithm, functools.partial(self.apply_fn, params), states)
 
         if self.rewrite_convolutions:
             evaluate_fn = canonical_convolutions(evaluate_fn)
@@ -81,7 +85,9 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
     # check_vma=False: the caller's model may hold scans whose initial carry does not vary.
     spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
                            out_specs=P(AXIS), check_vma=False)
-    return jax.jit(spread, donate_argnums=3)
+    # Without out_shardings XLA calls arrays of no elements replicated, and the next call, whose
+    # input is this output, would compile everything once more.
+    return jax.jit(spread, donate_argnums=3, out_shardings=NamedSharding(mesh, P(AXIS)))
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,7 +2,9 @@
 
 from gse_jax.attacks.algorithm import Method
 from gse_jax.attacks.baselines.group_mirror_descent import GSMD
+from gse_jax.attacks.baselines.homotopy import HOMOTOPY
 from gse_jax.attacks.baselines.nuclear_frank_wolfe import FWNUCL
+from gse_jax.attacks.baselines.perturbation_factorization import SAPF
 from gse_jax.attacks.baselines.projected_gradient_descent import PGD
 from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0
 from gse_jax.attacks.baselines.random_search import SPARSE_RS
@@ -23,6 +25,8 @@ METHODS: dict[str, Method] = {
     "fwnucl": FWNUCL,
     "strattack": STRATTACK,
     "gsmd": GSMD,
+    "homotopy": HOMOTOPY,
+    "sapf": SAPF,
 }
 
 

@@ -17,10 +17,12 @@ def main(argv=None) -> int:
         Exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
     """
     args = _parser().parse_args(argv)
-    from gse_jax.devices import use_all_cpu_cores
+    from gse_jax.devices import use_all_cpu_cores, use_compilation_cache
 
     with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
         use_all_cpu_cores()
+    if args.compilation_cache:
+        use_compilation_cache(args.compilation_cache)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -35,6 +37,9 @@ def main(argv=None) -> int:
 def _parser():
     parser = argparse.ArgumentParser(
         prog="gse-jax", description="Group-wise sparse, explainable adversarial attacks in JAX.")
+    parser.add_argument("--compilation-cache", metavar="FOLDER",
+                        help="keep compiled programs there, for the next call to start at once; a "
+                             "folder of yours alone (off by default)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (attack, explain, compare, evaluate):
         module.add_commands(commands)

@@ -1,5 +1,6 @@
 """Pure array mathematics for one image: no model, no loop, no state."""
 
+from gse_jax.ops.binary import project_binary_sphere
 from gse_jax.ops.blocks import average_blocks, expand_blocks, grid_shape
 from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
 from gse_jax.ops.groups import cell_sums, group_soft_threshold
@@ -20,6 +21,15 @@ from gse_jax.ops.prox import (
     soft_threshold,
     two_thirds_quasinorm_prox,
 )
+from gse_jax.ops.superpixels import (
+    count_groups,
+    count_prox,
+    group_savings,
+    largest_scores,
+    project_superpixel_maxima,
+    superpixel_soft_threshold,
+    superpixel_sums,
+)
 from gse_jax.ops.tradeoff import largest_active_tradeoff, update_tradeoff
 from gse_jax.ops.vertices import (
     capped_simplex_vertex,
@@ -31,7 +41,9 @@ __all__ = [
     "average_blocks",
     "capped_simplex_vertex",
     "cell_sums",
+    "count_groups",
     "count_patches",
+    "count_prox",
     "cross_entropy",
     "dilate",
     "expand_blocks",
@@ -39,6 +51,7 @@ __all__ = [
     "gaussian_kernel",
     "grid_cells",
     "grid_shape",
+    "group_savings",
     "group_soft_threshold",
     "half_quasinorm_prox",
     "half_quasinorm_threshold",
@@ -46,17 +59,22 @@ __all__ = [
     "is_adversarial",
     "largest_active_tradeoff",
     "largest_pixels",
+    "largest_scores",
     "leading_pair",
     "logit_gap",
     "margin_loss",
     "nuclear_group_vertex",
+    "project_binary_sphere",
     "project_group_maxima",
     "project_l2_ball",
     "project_sparse_box",
     "project_sparse_sigma",
+    "project_superpixel_maxima",
     "sigma_map",
     "smooth_l0_gradient",
     "soft_threshold",
+    "superpixel_soft_threshold",
+    "superpixel_sums",
     "to_dual",
     "two_thirds_quasinorm_prox",
     "update_tradeoff",

@@ -88,17 +88,32 @@ def project_group_maxima(z, cells, budget, lower, upper):
     def dual_radii(multiplier):
         return jnp.maximum(jnp.max(jnp.minimum(m, mean - multiplier * share), axis=1), 0.0)
 
+    radius = fitting_radii(dual_radii, jnp.max(sums), budget)
+    radius = radius[cells.reshape(-1)].reshape(*cells.shape, 1)
+    return jnp.sign(z) * jnp.minimum(jnp.minimum(jnp.expm1(size), side), radius)
+
+
+def fitting_radii(dual_radii, highest, budget):
+    """Return the radii of the smallest multiplier whose sum of radii is within the budget.
+
+    Args:
+        dual_radii: multiplier [] -> [groups] rho, falling in the multiplier.
+        highest: [] multiplier at which all radii are 0.
+        budget: [] > 0.
+
+    Returns:
+        [groups] `exp rho - 1`.
+    """
+    zero = jnp.zeros_like(highest)
+
     def halve(_, interval):
         low, high = interval
         middle = 0.5 * (low + high)
         fits = jnp.sum(jnp.expm1(dual_radii(middle))) <= budget
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
-    # A loop, because the multiplier has no closed form; at the upper end all radii are zero.
-    free = jnp.sum(jnp.expm1(dual_radii(jnp.zeros((), z.dtype)))) <= budget
-    start = (jnp.zeros((), z.dtype), jnp.max(sums))
-    halvings = jnp.finfo(z.dtype).nmant + 6  # to the last bit of a multiplier of the usual size
-    _, multiplier = lax.fori_loop(0, halvings, halve, start)
-    rho = dual_radii(jnp.where(free, 0.0, multiplier))
-    radius = jnp.expm1(rho)[cells.reshape(-1)].reshape(*cells.shape, 1)
-    return jnp.sign(z) * jnp.minimum(jnp.minimum(jnp.expm1(size), side), radius)
+    # A loop, because the multiplier has no closed form.
+    free = jnp.sum(jnp.expm1(dual_radii(zero))) <= budget
+    halvings = jnp.finfo(highest.dtype).nmant + 6  # to the last bit of a usual multiplier
+    _, multiplier = lax.fori_loop(0, halvings, halve, (zero, highest))
+    return jnp.expm1(dual_radii(jnp.where(free, 0.0, multiplier)))

@@ -69,7 +69,9 @@ def _half_quasinorm_jvp(primals, tangents):
     z = half_quasinorm_prox(v, tradeoff)
     size = jnp.where(z != 0.0, jnp.abs(z), 1.0)
     root = jnp.sqrt(size)
-    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (0.125 * tradeoff / size) / root), 0.0)
+    # Off the active set too, 1 - tradeoff / 8 must not vanish: second derivatives divide by it.
+    safe_tradeoff = jnp.where(z != 0.0, tradeoff, 0.0)
+    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (0.125 * safe_tradeoff / size) / root), 0.0)
     by_tradeoff = -0.25 * jnp.sign(z) / root * by_v
     return z, by_v * tangents[0] + by_tradeoff * tangents[1]
 
@@ -110,7 +112,8 @@ def _two_thirds_quasinorm_jvp(primals, tangents):
     z = two_thirds_quasinorm_prox(v, tradeoff)
     size = jnp.where(z != 0.0, jnp.abs(z), 1.0)
     root = jnp.cbrt(size)
-    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (tradeoff / 9.0 / size) / root), 0.0)
+    safe_tradeoff = jnp.where(z != 0.0, tradeoff, 0.0)  # as above
+    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (safe_tradeoff / 9.0 / size) / root), 0.0)
     by_tradeoff = -jnp.sign(z) / (3.0 * root) * by_v
     return z, by_v * tangents[0] + by_tradeoff * tangents[1]
 

@@ -19,6 +19,7 @@ from gse_jax.attacks.baselines import (
 )
 from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings, strongest_cells
 from gse_jax.attacks.baselines.record import key_of
+from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.lanes import evaluate
 from tests.toy_model import toy
 
@@ -29,7 +30,8 @@ def states_of(method, settings, steps, hyperparams=None, targeted=False):
     default = gse_jax.preset(method, "gse_paper", targeted)[1]
     algorithm = METHODS[method].bind(settings, hyperparams or default, targeted=targeted,
                                      bounds=(-1.0, 1.0), key=jax.random.key(0))
-    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
+                     jnp.zeros((6, 0, 0), jnp.int32))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
         s, evaluate(algorithm, lambda x: apply_fn(params, x), s)))
     state = jax.vmap(algorithm.init)(samples)
@@ -114,7 +116,7 @@ def test_binary_search_over_the_margin_weight():
     c, lower, upper = jnp.asarray(2.0), jnp.asarray(0.0), jnp.asarray(jnp.inf)
     seen = [2.0]
     for improved in (False, True, False, True):
-        c, lower, upper = structured_attack_steps.next_weight(c, lower, upper, jnp.asarray(improved))
+        c, lower, upper = next_weight(c, lower, upper, jnp.asarray(improved), 5.0)
         seen.append(float(c))
     assert seen == [2.0, 10.0, 6.0, 8.0, 7.0]
     assert (float(lower), float(upper)) == (6.0, 8.0)

@@ -1,5 +1,6 @@
 """One table drives every attack of the registry through the engine's contract."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from gse_jax import Status
 from gse_jax.attacks import METHODS
 from gse_jax.attacks.algorithm import Evaluation, Sample
 from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings
+from gse_jax.attacks.baselines.homotopy import HomotopySettings
 from gse_jax.attacks.baselines.nuclear_frank_wolfe import FWnuclSettings
+from gse_jax.attacks.baselines.perturbation_factorization import SAPFSettings
 from gse_jax.attacks.baselines.projected_gradient_descent import PGDSettings
 from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Settings
 from gse_jax.attacks.baselines.random_search import SparseRSSettings
@@ -31,19 +34,20 @@ class Row(NamedTuple):
         targeted: whether the method is defined for targets.
         planted: settings for the image of `backdoor`, None where its group is no perturbation of
             the method's kind.
-        planted_mu: GSE's weight of the l2 term there; with the paper's mu = 1 it outweighs the
-            backdoor's margin, so that no perturbation is a minimum.
+        planted_hyperparams: what differs from the preset there: with the paper's mu = 1 GSE's l2
+            term outweighs the backdoor's margin, so that no perturbation is a minimum, and the
+            homotopy attack's radius is too small for the backdoor.
     """
 
     settings: Any
     targeted: bool
     planted: Any = None
-    planted_mu: float | None = None
+    planted_hyperparams: dict[str, float] = {}
 
 
 TABLE = {
     "gse": Row(gse_jax.GSESettings(num_runs=4, max_steps=20, phase1_steps=8), targeted=True,
-               planted=gse_jax.GSESettings(), planted_mu=0.1),
+               planted=gse_jax.GSESettings(), planted_hyperparams={"mu": 0.1}),
     "pgd": Row(PGDSettings(max_steps=20, num_restarts=2), targeted=True),
     "pgd l2": Row(PGDSettings(norm="l2", max_steps=20, random_start=False), targeted=True),
     "sigma_zero": Row(SigmaZeroSettings(max_steps=40), targeted=True,
@@ -77,6 +81,19 @@ TABLE = {
                      planted=StrAttackSettings(num_searches=5)),
     "gsmd": Row(GSMDSettings(max_steps=16, cells_per_axis=4), targeted=True,
                 planted=GSMDSettings(max_steps=60, cells_per_axis=8)),
+    "gsmd superpixels": Row(GSMDSettings(max_steps=16, cells_per_axis=4, groups="superpixels"),
+                            targeted=True),
+    "homotopy": Row(HomotopySettings(num_segments=20, max_steps=4, max_rounds=8, num_new=30,
+                                     tuning_steps=3), targeted=True,
+                    planted=HomotopySettings(num_segments=40), planted_hyperparams={"radius": 1.0}),
+    "homotopy entries": Row(HomotopySettings(groups="entries", max_steps=4, max_rounds=8,
+                                             num_new=90, targeted_loss="cross_entropy"),
+                            targeted=True, planted=HomotopySettings(groups="entries", num_new=20),
+                            planted_hyperparams={"radius": 1.0}),
+    "sapf": Row(SAPFSettings(num_pixels=40, num_searches=6, rounds=1, magnitude_steps=10,
+                             selection_steps=6, num_segments=20), targeted=True,
+                planted=SAPFSettings(num_pixels=8, num_searches=6, rounds=1, num_segments=40,
+                                     selection_steps=600)),
 }
 # Variants of one method have rows of their own, "method variant".
 DTYPES = [jnp.float32, jnp.float64]
@@ -102,7 +119,10 @@ def test_step_keeps_structure_shapes_and_dtypes(row, dtype, shape):
                                      bounds=(0.0, 1.0), key=jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     image = jax.ShapeDtypeStruct(shape, dtype)
-    state = jax.eval_shape(algorithm.init, Sample(image, scalar, scalar, scalar))
+    segments = METHODS[method].segment and METHODS[method].segment(TABLE[row].settings,
+                                                                   np.zeros((1, *shape)))
+    segments = np.zeros((1, 0, 0), np.int32) if segments is None else segments
+    state = jax.eval_shape(algorithm.init, Sample(image, scalar, scalar, scalar, segments[0]))
     evaluation = Evaluation(jax.ShapeDtypeStruct((5,), dtype), jax.ShapeDtypeStruct((), dtype),
                             image)
     stepped = jax.eval_shape(algorithm.step, state, evaluation)
@@ -160,17 +180,17 @@ def test_default_preset_follows_size_and_direction(method):
     def constant(params, x):
         return jnp.zeros((x.shape[0], 3), x.dtype) + params
 
-    # The model says 0, so every attack is over after one evaluation.
-    y = jnp.ones(1, jnp.int32)
+    def attack(x, y, targets=None):
+        return gse_jax.attack(jnp.float32(0.0), constant, x, y, targets=targets, method=method)
+
     settings, _ = gse_jax.preset(method, "imagenet")
     large = 65 if getattr(settings, "num_pixels", 0) <= 65 * 65 else 96  # room for the budget
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
     for side, domain in ((64, "cifar10"), (large, "imagenet")):
-        x = jnp.full((1, side, side, 1), 0.5, jnp.float32)
-        for targets, word in ((None, "untargeted"), (y - 1, "targeted")):
-            result = gse_jax.attack(jnp.float32(0.0), constant, x, y, targets=targets,
-                                    method=method)
-            assert result.preset == f"{domain} {word}"
-            assert int(result.forward_evals[0]) == 1
+        x = jax.ShapeDtypeStruct((1, side, side, 1), jnp.float32)
+        # Traced, not run: four programs per method would cost more than all other tests.
+        assert jax.eval_shape(attack, x, label).preset == f"{domain} untargeted"
+        assert jax.eval_shape(attack, x, label, label).preset == f"{domain} targeted"
 
 
 def run(row, params, apply_fn, x, y, **options):
@@ -186,11 +206,17 @@ def same(a, b):
     np.testing.assert_allclose(a.adversarials, b.adversarials, atol=1e-7)
 
 
+@functools.cache
+def on_four_devices(row):
+    """The row's attack on the toy images in two lanes per device."""
+    return run(row, *toy(), lanes=6)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_lanes_devices_and_neighbours_do_not_matter(row):
     params, apply_fn, x, y = toy()
     expected = run(row, params, apply_fn, x, y, lanes=1)
-    same(run(row, params, apply_fn, x, y, lanes=6), expected)  # on four devices
+    same(on_four_devices(row), expected)
     # The keys of random attacks follow the place in the batch, so neighbours change, not places.
     others = run(row, params, apply_fn, jnp.concatenate([x[:3], x[:2]]),
                  jnp.concatenate([y[:3], y[:2]]), lanes=1)
@@ -221,7 +247,7 @@ def test_odd_shapes_and_batches_on_a_linear_model(row, num_images, shape):
 @pytest.mark.parametrize("row", ROWS)
 def test_already_misclassified_costs_one_evaluation(row):
     params, apply_fn, x, y = toy()
-    result = run(row, params, apply_fn, x, (y + 1) % 5)
+    result = run(row, params, apply_fn, x, (y + 1) % 5, lanes=6)
     np.testing.assert_array_equal(result.status, Status.ALREADY_MISCLASSIFIED)
     np.testing.assert_array_equal(result.adversarials, x)
     np.testing.assert_array_equal(result.forward_evals, 1)
@@ -235,8 +261,7 @@ def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
         bad = images[:, 0, 0, 0] == x[2, 0, 0, 0]
         return jnp.where(bad[:, None], jnp.nan, apply_fn(params, images))
 
-    result = run(row, params, poisoned, x, y, lanes=3)
-    expected = run(row, params, apply_fn, x, y, lanes=3)
+    result, expected = run(row, params, poisoned, x, y, lanes=6), on_four_devices(row)
     assert int(result.status[2]) == Status.NON_FINITE and not bool(result.success[2])
     np.testing.assert_array_equal(result.adversarials[2], x[2])
     keep = np.asarray([0, 1, 3, 4, 5])
@@ -293,10 +318,9 @@ def backdoor(num_images=3, size=16):
 def test_a_planted_backdoor_is_found(row):
     params, x, y, group = backdoor()
     # The clean group is 12 values of about -0.35 and must come above 4: two white pixels give 3.9.
-    hyperparams = None
-    if TABLE[row].planted_mu is not None:
-        _, hyperparams = gse_jax.preset(row.split()[0], "cifar10", False)
-        hyperparams = hyperparams._replace(mu=TABLE[row].planted_mu)
+    _, hyperparams = gse_jax.preset(row.split()[0], "cifar10", False)
+    if TABLE[row].planted_hyperparams:
+        hyperparams = hyperparams._replace(**TABLE[row].planted_hyperparams)
     result = run(row, params, linear_logits, x, y, settings=TABLE[row].planted,
                  hyperparams=hyperparams)
     np.testing.assert_array_equal(result.status, Status.FOUND)

@@ -107,7 +107,8 @@ def run_with(loop):
     settings = GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
     _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
     algorithm = GSE.bind(settings, hyperparams, targeted=False, bounds=(-1.0, 1.0), key=None)
-    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
+                     jnp.zeros((6, 0, 0), jnp.int32))
     lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), 2)
     lanes = jax.tree.map(jnp.asarray, lanes)
     queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))
@@ -228,3 +229,20 @@ def test_a_bad_batch_is_refused_when_it_comes():
     bad = Sample(np.zeros((1, 9, 9, 3)), np.zeros(1, int), -np.ones(1, int), np.zeros(1, int))
     with pytest.raises(ValueError, match=r"batch.*\[9, 9, 3\].*\[20, 20, 3\]"):
         list(attack_stream(params, apply_fn, [bad], image_shape=x.shape[1:], dtype=x.dtype))
+
+
+def test_one_program_per_width(expected):
+    """What one call returns is what the next one takes: nothing compiles in the middle of a run."""
+    compiled = []
+
+    def listen(event, duration, **details):
+        del duration
+        if event.endswith("backend_compile_duration"):
+            compiled.append(details.get("fun_name", ""))
+
+    params, apply_fn, x, y = toy()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    # A function of its own, so that no other test has compiled it.
+    result = ATTACK(params, lambda params, x: apply_fn(params, x), x, y, lanes=6)
+    assert len([name for name in compiled if "local" in name]) == 1
+    same(result, expected)

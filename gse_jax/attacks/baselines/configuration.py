@@ -111,6 +111,19 @@ def check_numbers(hyperparams, may_be_zero=()) -> None:
                              f"{'>= 0' if zero_ok else '> 0'}")
 
 
+def check_range_width(settings) -> None:
+    """Refuse a pixel range without width.
+
+    Args:
+        settings: static configuration with `range_width`.
+
+    Raises:
+        ValueError: unless it is positive and finite.
+    """
+    if not (math.isfinite(settings.range_width) and settings.range_width > 0.0):
+        raise ValueError(f"settings.range_width={settings.range_width:g} must be finite and > 0")
+
+
 def check_num_pixels(settings, image_shape) -> None:
     """Refuse a budget that does not fit into the image.
 

@@ -1,18 +1,20 @@
 r"""GSMD: mirror descent in a ball of the sum of cell maxima, which grows and shrinks by success.
 
 Entropy steps along the gradient of the cross entropy, with one AdaGrad step size per image, then
-the Bregman projection onto `sum_cells max |w| <= D` and the box. D grows while the image is not
-adversarial and shrinks while it is. Halfway only the strongest cells are kept, and no others come
-back. Lengths are in the units of images of range width 2.
+the Bregman projection onto `sum_groups max |w| <= D` and the box. D grows while the image is not
+adversarial and shrinks while it is. Halfway only the strongest groups are kept, and no others come
+back. Groups are the cells of a grid, or superpixels. Lengths are in the units of images of range
+width 2.
 
 References:
-    github jsve96/GSMD (2026), attacks.py, class GSMD_exact_new, and attackParams.json. The paper's
-    text was not found.
+    github jsve96/GSMD (2026), attacks.py, classes GSMD_exact_new and GSMD_slic, and
+    attackParams.json. The paper's text was not found.
 
 Differs from the reference:
     Of the adversarial iterates the one with the fewest pixels is kept, then with the smallest l2
     norm (the code means to, but keeps the last). The grid has n x n cells; there the pixels left
     over make cells that share numbers with others. The point after the last step is tested too.
+    Superpixels are projected onto exactly, as cells are (there by their largest member alone).
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
@@ -31,16 +34,21 @@ from gse_jax.attacks.baselines.record import (
     start_record,
     wanted_label,
 )
+from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.ops import (
     cross_entropy,
     grid_cells,
     is_adversarial,
+    largest_scores,
     project_group_maxima,
+    project_superpixel_maxima,
     to_dual,
 )
 
 _SMALLEST_BUDGET = 1e-3  # D_MIN of the reference
 _MOST_CELLS = 10.0 / 22.5  # share of the cells that may be kept halfway; of the reference
+_MOST_SUPERPIXELS = 10  # of the reference
+_BLUR = 5.0  # pixels, before superpixels are made; of the reference
 _TINY = 1e-12  # keeps the first step finite where the gradient is zero; of the reference
 
 
@@ -50,11 +58,13 @@ class GSMDSettings:
 
     Attributes:
         max_steps: mirror steps, >= 2.
-        cells_per_axis: n, the grid has n x n cells, >= 1.
+        cells_per_axis: n, the grid has n x n cells, >= 1; superpixels are aimed at n * n.
+        groups: "cells" or "superpixels".
     """
 
     max_steps: int = 200
     cells_per_axis: int = 15
+    groups: str = "cells"
 
 
 class GSMDHyperparams(NamedTuple):
@@ -111,10 +121,18 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("gsmd", settings, hyperparams, GSMDSettings, GSMDHyperparams)
     configuration.check_at_least(settings, {"max_steps": 2, "cells_per_axis": 1})
+    configuration.check_choice(settings, "groups", ("cells", "superpixels"))
     configuration.check_numbers(hyperparams, may_be_zero=("rate",))
     if settings.cells_per_axis > min(image_shape[:2]):
         raise ValueError(f"settings.cells_per_axis={settings.cells_per_axis} does not fit into "
                          f"images of {image_shape[0]}x{image_shape[1]} pixels")
+
+
+def segment(settings, images):
+    """Return the superpixels, if any; see `Method.segment`."""
+    if settings.groups == "cells":
+        return None
+    return slic_segments(images, settings.cells_per_axis**2, blur=_BLUR)
 
 
 def strongest_cells(w, cells, count):
@@ -122,17 +140,16 @@ def strongest_cells(w, cells, count):
 
     Args:
         w: [H, W, C].
-        cells: [H, W] NumPy int, cell of every pixel; static.
+        cells: [H, W] int, group of every pixel; NumPy where static.
         count: [] int32, cells to keep.
 
     Returns:
         [H, W] bool.
     """
-    num_cells = int(cells.max()) + 1
+    # Superpixels are known at run time only, but there are no more than pixels.
+    num_cells = int(cells.max()) + 1 if isinstance(cells, np.ndarray) else cells.size
     largest = jnp.zeros(num_cells, w.dtype).at[cells].max(jnp.max(jnp.abs(w), axis=-1))
-    rank = jnp.zeros(num_cells, jnp.int32).at[jnp.argsort(-largest)].set(
-        jnp.arange(num_cells, dtype=jnp.int32))
-    return (rank < count)[cells]
+    return largest_scores(largest, count)[cells]
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
@@ -140,7 +157,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     del key  # Unused.
     low, high = bounds
     scale = 0.5 * (high - low)
-    num_cells = settings.cells_per_axis**2
+    superpixels = settings.groups == "superpixels"
+    share = _MOST_SUPERPIXELS if superpixels else _MOST_CELLS * settings.cells_per_axis**2
+    project = project_superpixel_maxima if superpixels else project_group_maxima
 
     def init(sample: Sample) -> GSMDState:
         w, zero = jnp.zeros_like(sample.x), jnp.zeros((), sample.x.dtype)
@@ -158,7 +177,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def step(state: GSMDState, evaluation) -> GSMDState:
         x, label = state.sample.x, wanted_label(state.sample, targeted)
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
-        cells = grid_cells(*x.shape[:2], settings.cells_per_axis)
+        cells = (state.sample.segments if superpixels
+                 else grid_cells(*x.shape[:2], settings.cells_per_axis))
         adversarial = is_adversarial(evaluation.logits, label, targeted=targeted)
         norm = jnp.sqrt(jnp.sum(state.w * state.w))
         pixels = jnp.sum(jnp.any(state.w != 0.0, axis=-1), dtype=x.dtype)
@@ -171,12 +191,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         gradient = evaluation.gradient * scale
         squares = state.squares + jnp.max(gradient * gradient)
         move = params.learning_rate / jnp.sqrt(squares + _TINY) * gradient
-        w = project_group_maxima(to_dual(state.w) - move, cells, budget, (low - x) / scale,
-                                 (high - x) / scale)
+        w = project(to_dual(state.w) - move, cells, budget, (low - x) / scale, (high - x) / scale)
 
         # The surer the model is of the label, the fewer cells are kept.
         sure = jnp.exp(-cross_entropy(evaluation.logits, label))
-        most = float(int(_MOST_CELLS * num_cells))
+        most = float(int(share))
         count = jnp.round(1.0 + (most - 1.0) * (1.0 - sure)).astype(jnp.int32)
         halfway = state.step == settings.max_steps // 2
         kept = jnp.where(halfway, strongest_cells(w, cells, jnp.maximum(count, 1)), state.kept)
@@ -187,4 +206,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-GSMD = Method(bind=bind, preset=preset, check=check)
+GSMD = Method(bind=bind, preset=preset, check=check, segment=segment)

@@ -151,6 +151,21 @@ def outcome_of(record: Record, tradeoff=None) -> Outcome:
                    record.forward_evals, tradeoff)
 
 
+def select(condition, new, old):
+    """Choose between two states, leaf by leaf.
+
+    Args:
+        condition: [] bool.
+        new: pytree of arrays, taken where True.
+        old: the same, taken where False.
+
+    Returns:
+        The same pytree. Leaves that are one object in both are passed on: half of what is compiled
+        would else be choices between equals.
+    """
+    return jax.tree.map(lambda a, b: b if a is b else jnp.where(condition, a, b), new, old)
+
+
 def key_of(key, sample: Sample, *counters):
     """Return the random key of one image at one place of the attack.
 

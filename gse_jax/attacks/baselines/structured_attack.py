@@ -36,19 +36,21 @@ from gse_jax.attacks.baselines.record import (
     is_success,
     note,
     outcome_of,
+    select,
     start_record,
     wanted_label,
 )
 from gse_jax.attacks.baselines.structured_attack_steps import (
     Blocks,
     admm_step,
-    next_weight,
     retraining_step,
     start_retraining,
     trimmed_support,
 )
+from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.ops import margin_loss
 
+_GROWTH = 5.0  # of c after a failure while no run has succeeded
 _RETRAIN_C = 5.0  # first c of retraining
 
 
@@ -207,12 +209,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         searched = admm_step(state.blocks, gradient, state.step, *limits, params,
                              settings.cell_size)
         retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
-        searched = _select(state.testing, state.blocks, searched)
+        searched = select(state.testing, state.blocks, searched)
         moved = state._replace(
-            blocks=_select(again, retrained, searched), improved=state.improved | better,
+            blocks=select(again, retrained, searched), improved=state.improved | better,
             step=state.step + tests.astype(jnp.int32), testing=~tests,
             best_c=jnp.where(better, state.c, state.best_c), record=record)
-        return _select(ended, begin_run(moved, settings, params, limits, scale), moved)
+        return select(ended, begin_run(moved, settings, params, limits, scale), moved)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record, state.best_c),
@@ -233,21 +235,17 @@ def begin_run(state: StrAttackState, settings, params, limits, scale) -> StrAtta
         StrAttackState.
     """
     run = state.run + 1
-    c, lower, upper = next_weight(state.c, state.lower, state.upper, state.improved)
+    c, lower, upper = next_weight(state.c, state.lower, state.upper, state.improved, _GROWTH)
     first = run == settings.num_searches  # retraining searches from the beginning
     best = (state.record.best - state.sample.x) / scale
     support = trimmed_support(best)
     zero = jax.tree.map(jnp.zeros_like, state.blocks)
     again = start_retraining(best, support, *limits, params)
     return state._replace(
-        blocks=_select(run >= settings.num_searches, again, zero), support=support,
+        blocks=select(run >= settings.num_searches, again, zero), support=support,
         c=jnp.where(first, _RETRAIN_C, c), lower=jnp.where(first, 0.0, lower),
         upper=jnp.where(first, jnp.inf, upper), improved=jnp.zeros((), bool), run=run,
         step=jnp.zeros((), jnp.int32), testing=jnp.zeros((), bool))
-
-
-def _select(condition, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 STRATTACK = Method(bind=bind, preset=preset, check=check)

@@ -1,4 +1,4 @@
-"""The single steps of StrAttack: ADMM iteration, weight search, and the support of retraining.
+"""The single steps of StrAttack: ADMM iteration, and the support of retraining.
 
 All in the units of images of range width 2.
 
@@ -17,7 +17,6 @@ from gse_jax.ops import group_soft_threshold
 
 _DROPPED = 0.03  # share of the support's entries that retraining drops
 _RETRAIN_L2 = 0.01  # factor on gamma in retraining
-_GROWTH = 5.0  # of c after a failure while no run has succeeded
 
 
 class Blocks(NamedTuple):
@@ -110,23 +109,6 @@ def retraining_step(now: Blocks, gradient, support, lower, upper, params) -> Blo
 def _on_support(w, support, lower, upper, params):
     shrink = params.rho / (params.rho + _RETRAIN_L2 * params.gamma)
     return jnp.where(support, jnp.clip(w * shrink, lower, upper), 0.0)
-
-
-def next_weight(c, lower, upper, improved):
-    """Choose the next c of a binary search.
-
-    Args:
-        c: [] of the run that ended.
-        lower: [] largest c that did not improve.
-        upper: [] smallest c that did, inf if none.
-        improved: [] bool.
-
-    Returns:
-        (c, lower, upper).
-    """
-    upper = jnp.where(improved, jnp.minimum(upper, c), upper)
-    lower = jnp.where(improved, lower, jnp.maximum(lower, c))
-    return jnp.where(jnp.isinf(upper), _GROWTH * c, 0.5 * (lower + upper)), lower, upper
 
 
 def trimmed_support(y):

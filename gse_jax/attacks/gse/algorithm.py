@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample
 from gse_jax.attacks.gse import settings as configuration
-from gse_jax.attacks.gse.nesterov import Iterate, iterate, start_run
+from gse_jax.attacks.gse.nesterov import Iterate, clip, iterate, start_run
 from gse_jax.attacks.gse.search import (
     Search,
     run_ended,
@@ -81,7 +81,7 @@ def _init(sample: Sample) -> GSEState:
     )
 
 
-def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
+def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Algorithm:
     """Return GSE with its configuration bound.
 
     Args:
@@ -90,6 +90,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         targeted: direction of the attack.
         bounds: (lowest, highest) pixel value.
         key: unused; GSE is deterministic.
+        start: [] initial trade-off of the first run; None for `hyperparams.initial_fraction` of the
+            largest one that moves any pixel.
 
     Returns:
         Algorithm.
@@ -100,7 +102,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     scale = 0.5 * (high - low)
 
     def point(state: GSEState):
-        return jnp.clip(state.sample.x + scale * state.iterate.w, low, high)
+        return clip(state.sample.x + scale * state.iterate.w, low, high)
 
     def wanted(sample: Sample):
         return sample.target if targeted else sample.y
@@ -124,8 +126,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         failed = ~clean & ~succeeded & (state.iterate.step == settings.max_steps)
         patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)
         better = succeeded & (patches < state.best_patches)
-        first = start_search(params.initial_fraction
-                             * largest_active_tradeoff(clean_gradient, params.step_size))
+        first = start_search(
+            start if start is not None else params.initial_fraction
+            * largest_active_tradeoff(clean_gradient, params.step_size))
         ended = _select(clean, first, run_ended(state.search, succeeded))
         begin = clean | succeeded | failed
         search = _select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings,

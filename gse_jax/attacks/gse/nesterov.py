@@ -55,6 +55,21 @@ def start_run(shape, start) -> Iterate:
                    jnp.zeros((), jnp.int32))
 
 
+def clip(values, lower, upper):
+    """Clip to a range; a value that lies exactly on a bound counts as inside.
+
+    Args:
+        values: [...].
+        lower: broadcastable to `values`.
+        upper: broadcastable to `values`, >= lower.
+
+    Returns:
+        [...] what `jnp.clip` gives. Its derivative differs on a bound: there it is the one from
+        inside, 1, where `jnp.clip` halves it. Black and white pixels of real images lie on bounds.
+    """
+    return jnp.where(values < lower, lower, jnp.where(values > upper, upper, values))
+
+
 def iterate(now: Iterate, gradient, lower, upper, *, start, step_size, settings,
             hyperparams) -> Iterate:
     """Do iteration k of one run.
@@ -91,7 +106,7 @@ def iterate(now: Iterate, gradient, lower, upper, *, start, step_size, settings,
     adapted = update_tradeoff(now.tradeoff, jnp.any(averaged != 0.0, axis=-1), q=hyperparams.q,
                               blur_size=settings.blur_size, blur_sigma=hyperparams.blur_sigma)
     return Iterate(
-        w=jnp.clip(averaged, lower, upper),
+        w=clip(averaged, lower, upper),
         previous=point,
         tradeoff=jnp.where(phase1, adapted, now.tradeoff),
         momentum=momentum,

@@ -79,6 +79,27 @@ def step_size_of(search: Search, settings, hyperparams):
     return jnp.where(boosted, hyperparams.step_size * hyperparams.boost, hyperparams.step_size)
 
 
+def is_boosted(tradeoff, first, settings):
+    """Tell from its initial trade-off whether a successful run took larger steps.
+
+    A boosted run begins where all runs before it failed, so at `first * 0.1^r` with r at least
+    `num_runs - num_boosted_runs`; every other successful run begins higher (after up to four boosted
+    runs by more than the 0.1 % allowed here for rounding).
+
+    Args:
+        tradeoff: [] initial trade-off of a run that succeeded.
+        first: [] initial trade-off of the search.
+        settings: GSESettings.
+
+    Returns:
+        [] bool.
+    """
+    if settings.num_boosted_runs == 0:
+        return jnp.zeros((), bool)
+    failures = max(0, settings.num_runs - settings.num_boosted_runs)
+    return tradeoff <= first * (0.1**failures * 1.001)
+
+
 def skip_dead_runs(search: Search, largest_gradient, settings, hyperparams) -> Search:
     """Let every run fail at once whose perturbation can never leave zero.
 

@@ -1,0 +1,68 @@
+"""How long the first call takes: cold, again in the same process, and with a compilation cache.
+
+    python benchmarks/compile_time.py
+
+Every process is a new one. The attack is cut to two short runs, so that the time is compilation:
+`first call` of a process, `second call` of the same process, `cached` the first call of a process
+that finds what another one has compiled (`gse_jax.use_compilation_cache(FOLDER)`). `import` is
+`import gse_jax` after `import jax`.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def measure(folder):
+    """Time one process; print JSON."""
+    import jax
+
+    start = time.perf_counter()
+    import gse_jax
+
+    seconds = {"import": time.perf_counter() - start}
+    gse_jax.use_all_cpu_cores()
+    if folder:
+        gse_jax.use_compilation_cache(folder)
+    import results_file
+
+    params, apply_fn, x, y, bounds, _ = results_file.network_and_images(64)
+    x, y = x[:16], y[:16]
+    settings = gse_jax.GSESettings(num_runs=1, max_steps=3, phase1_steps=2)
+    for name in ("first call", "second call"):
+        start = time.perf_counter()
+        jax.block_until_ready(gse_jax.attack(params, apply_fn, x, y, bounds=bounds,
+                                             settings=settings))
+        seconds[name] = time.perf_counter() - start
+    print(json.dumps(seconds))
+
+
+def run(folder):
+    """Start a process and return its times."""
+    done = subprocess.run([sys.executable, __file__, "--process", folder], check=True,
+                          stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    """Measure and print."""
+    if sys.argv[1:2] == ["--process"]:
+        measure(sys.argv[2])
+        return
+    import results_file
+
+    args = results_file.parser(__doc__.splitlines()[0]).parse_args()
+    rows = []
+    for _ in range(1 if args.smoke else 3):
+        with tempfile.TemporaryDirectory() as folder:
+            cold = run("")
+            run(folder)
+            rows.append({**cold, "cached": run(folder)["first call"]})
+        results_file.show(rows[-1])
+    results_file.write("compile_time", args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Peak memory of an attack against the number of images, the lanes and the image size.
+
+    python benchmarks/memory.py
+
+Each row is a process of its own and reports its peak resident memory less that before the images
+were made. `images` is what the images themselves and the result take: N x (x + adversarials).
+"""
+
+import json
+import resource
+import subprocess
+import sys
+
+ROWS = [(100, 8, 32), (1000, 8, 32), (10000, 8, 32), (1000, 64, 32), (1000, 512, 32),
+        (16, 4, 224), (64, 4, 224), (16, 16, 224)]
+SMOKE = [(10, 2, 32)]
+
+
+def peak():
+    """Peak resident memory so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB.
+
+
+def measure(count, lanes, side):
+    """Attack random images of one network with two convolutions; print JSON."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import gse_jax
+
+    rng = np.random.default_rng(0)
+    params = (rng.normal(size=(3, 3, 3, 16)).astype("f4"), rng.normal(size=(16, 10)).astype("f4"))
+
+    def apply_fn(params, x):
+        x = jax.lax.conv_general_dilated(x, params[0], (2, 2), "SAME",
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.tanh(x).mean((1, 2)) @ params[1]
+
+    jnp.zeros(1).block_until_ready()
+    before = peak()
+    x = rng.random((count, side, side, 3), np.float32)
+    y = np.concatenate([np.asarray(apply_fn(params, x[i:i + 100]).argmax(-1))
+                        for i in range(0, count, 100)])
+    settings = gse_jax.GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
+    gse_jax.attack(params, apply_fn, x, y, lanes=lanes, settings=settings)
+    print(json.dumps({"images": count, "lanes": lanes, "side": side, "peak_mib": peak() - before,
+                      "images_mib": 2 * x.nbytes / 2**20}))
+
+
+def main():
+    """Measure and print."""
+    if sys.argv[1:2] == ["--process"]:
+        measure(*map(int, sys.argv[2:]))
+        return
+    import results_file
+
+    args = results_file.parser(__doc__.splitlines()[0]).parse_args()
+    rows = []
+    for row in SMOKE if args.smoke else ROWS:
+        done = subprocess.run([sys.executable, __file__, "--process", *map(str, row)], check=True,
+                              stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        results_file.show(rows[-1])
+    results_file.write("memory", args, rows)
+
+
+if __name__ == "__main__":
+    main()

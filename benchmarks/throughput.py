@@ -1,0 +1,128 @@
+"""Images per second, and how much of the time is the model itself, over lanes and numbers of images.
+
+    python benchmarks/throughput.py [--num 64 400] [--lanes default 1 2 4 8 16 32] [--targeted]
+
+efficiency = gradient evaluations the attack used x bare time / wall time
+lanes full = gradient evaluations the lanes made, idle ones included, x bare time / wall time
+bare       = jitted value-and-gradient of the same model on all devices, per image, at the batch
+             size where it is fastest
+
+One CPU device per core. The bare model is timed again and again between the attack's stretches of
+work, and each stretch is divided by the bare times on both sides of it: another process on the
+machine slows both. The attack is measured after compilation; `compile_time.py` measures that.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import results_file
+
+CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32), (128, 256, 512, 1024)  # per device
+
+
+class Bare:
+    """Times one value-and-gradient on all devices, in seconds per image."""
+
+    def __init__(self, params, apply_fn, x):
+        """Compile, and choose the fastest batch size."""
+        def gradient(params, x):
+            value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
+            return value[None], gradient
+
+        mesh = jax.make_mesh((jax.device_count(),), ("d",),
+                             axis_types=(jax.sharding.AxisType.Auto,))
+        self._params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P()))
+        self._step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")),
+                                           out_specs=P("d"), check_vma=False))
+        batches = CPU_BATCHES if jax.default_backend() == "cpu" else GPU_BATCHES
+        split = jax.sharding.NamedSharding(mesh, P("d"))
+        choices = [jax.device_put(np.resize(x, (b * jax.device_count(), *x.shape[1:])), split)
+                   for b in batches]
+        for images in choices:
+            self._time(images)
+        self._images = choices[0]
+        times = np.asarray([[self._time(images) for images in choices] for _ in range(5)])
+        best = int(np.median(times, axis=0).argmin())
+        self.batch, self._images = batches[best], choices[best]
+
+    def _time(self, images):
+        start = time.perf_counter()
+        jax.block_until_ready(self._step(self._params, images))
+        return (time.perf_counter() - start) / len(images)
+
+    def __call__(self):
+        return float(np.median([self._time(self._images) for _ in range(5)]))
+
+
+class Stopwatch:
+    """Times the stretches between two calls of the attack's progress function."""
+
+    def __init__(self, bare):
+        """Start."""
+        self.bare, self.wall, self.model_times = bare, 0.0, 0.0
+        self.before = bare()
+        self.start = time.perf_counter()
+
+    def __call__(self, progress):
+        wall, after = time.perf_counter() - self.start, self.bare()
+        self.wall += wall
+        self.model_times += wall / (0.5 * (self.before + after))  # in bare evaluations
+        self.lane_evals, self.before = progress.lane_evals, after
+        self.start = time.perf_counter()
+
+
+def measure(attack, bare, count, lanes):
+    """One row."""
+    attack(None)  # compiles
+    watch = Stopwatch(bare)
+    result = attack(watch)
+    used = int(np.sum(result.gradient_evals))
+    return {"images": count, "lanes": lanes, "devices": jax.device_count(),
+            "images_per_second": count / watch.wall, "evals_per_image": used / count,
+            "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
+            "efficiency": used / watch.model_times,
+            "lanes_full": watch.lane_evals / watch.model_times}
+
+
+def main():
+    """Measure and print."""
+    arguments = results_file.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--num", type=int, nargs="+", default=[64, 400])
+    arguments.add_argument("--lanes", nargs="+", default=["default"],
+                           help="per device; `default` for what gse_jax takes")
+    arguments.add_argument("--targeted", action="store_true")
+    args = arguments.parse_args()
+    if args.smoke:
+        args.num, args.lanes = [3], ["2"]
+    import gse_jax
+
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        gse_jax.use_all_cpu_cores()
+    params, apply_fn, images, labels, bounds, name = results_file.network_and_images(400)
+    settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3) if args.smoke else None
+    bare, rows = Bare(params, apply_fn, images[:64]), []
+    for count in args.num:
+        # More than there are: the same again. np.resize repeats whole images.
+        x = jnp.asarray(np.resize(images, (count, *images.shape[1:])))
+        y = jnp.asarray(np.resize(labels, count))
+        for lanes in args.lanes:
+            width = None if lanes == "default" else int(lanes) * jax.device_count()
+
+            def attack(progress, x=x, y=y, width=width):
+                return gse_jax.attack(
+                    params, apply_fn, x, y, targets=(y + 1) % 10 if args.targeted else None,
+                    bounds=bounds, lanes=width, settings=settings, progress=progress)
+
+            rows.append({"model": name, "attack": "targeted" if args.targeted else "untargeted",
+                         **measure(attack, bare, count, lanes)})
+            results_file.show(rows[-1])
+    word = "targeted" if args.targeted else "untargeted"
+    results_file.write(f"throughput_{jax.default_backend()}_{word}", args, rows)
+
+
+if __name__ == "__main__":
+    main()

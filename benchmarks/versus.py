@@ -1,0 +1,185 @@
+"""Side by side with PyTorch attacks: the same network, weights and images, in turn, as ratios.
+
+    pip install torch safetensors adv-lib torchattacks foolbox      # whichever you want to compare with
+    python benchmarks/versus.py [--num 16] [--only adv_lib.str_attack]
+    python benchmarks/versus.py --attack my_attack.py:attack=gse
+
+Peers that are not installed are left out and named. `--attack FILE:FUNCTION=METHOD` runs
+FUNCTION(model, images [N, C, H, W] in [0, 1], labels) -> adversarial images against our METHOD.
+Both attack the same correctly classified images in [0, 1], both on all cores; theirs in one batch
+of `--batch`. Ours is compiled before; theirs has a first call on one image. Each pair runs
+`--repeats` times in turn, and the ratio is that of the medians.
+"""
+
+import functools
+import importlib.util
+import time
+from pathlib import Path
+
+import numpy as np
+
+import results_file
+
+METRICS = ("ASR", "ACP", "ANC", "l2", "d20")
+
+
+def adv_lib(module, function, **options):
+    """A function of adv-lib, loaded past the package's own imports, which need torchvision."""
+    spec = importlib.util.find_spec("adv_lib")
+    if spec is None:
+        raise ImportError("adv_lib")
+    file = Path(spec.submodule_search_locations[0]) / "attacks" / f"{module}.py"
+    return functools.partial(from_file(file, function), **options)
+
+
+def from_file(file, function):
+    """A function of a Python file."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def torchattacks(name, **options):
+    """An attack of torchattacks."""
+    import torchattacks as library
+
+    return lambda model, x, y: getattr(library, name)(model, **options)(x, y)
+
+
+def foolbox_pgd():
+    """Foolbox's PGD with the settings of ours."""
+    import foolbox
+
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=40, random_start=True)
+    return lambda model, x, y: attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y,
+                                      epsilons=8 / 255)[1]
+
+
+def peers():
+    """Name -> (our method, changes of our settings, function that returns theirs)."""
+    return {
+        "adv_lib.str_attack": ("strattack", {}, lambda: adv_lib(
+            "structured_adversarial_attack", "str_attack", initial_const=0.25,
+            binary_search_steps=8, max_iterations=200)),
+        "adv_lib.sigma_zero": ("sigma_zero", {"max_steps": 100}, lambda: adv_lib(
+            "sigma_zero", "sigma_zero", num_steps=100)),
+        "torchattacks.SparseFool": ("sigma_zero", {"max_steps": 100}, lambda: torchattacks(
+            "SparseFool")),
+        "torchattacks.Pixle": ("sparse_rs", {}, lambda: torchattacks("Pixle")),
+        "foolbox.LinfPGD": ("pgd", {"max_steps": 40}, foolbox_pgd),
+    }
+
+
+def measured(run, x, y, apply_fn, params):
+    """Seconds per image and the metrics of one run."""
+    from gse_jax import metrics
+
+    start = time.perf_counter()
+    adversarials = run()
+    seconds = (time.perf_counter() - start) / len(x)
+    fooled = np.asarray(apply_fn(params, adversarials).argmax(-1)) != np.asarray(y)
+    numbers = metrics.image_metrics(x, adversarials)
+    means = [float(values[fooled].mean()) if fooled.any() else float("nan") for values in
+             (numbers.changed_pixels, numbers.num_clusters, numbers.l2, numbers.patch_count)]
+    return seconds, dict(zip(METRICS, (float(fooled.mean()), *means)))
+
+
+def compare(name, method, changes, theirs, model, case, args):
+    """One row: theirs and ours in turn."""
+    import dataclasses
+
+    import torch
+
+    import gse_jax
+
+    params, apply_fn, x, y = case
+    settings, _ = gse_jax.preset(method, "cifar10", targeted=False)
+    settings = dataclasses.replace(settings, **changes)
+    images = torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))
+    labels = torch.from_numpy(np.asarray(y, np.int64))
+
+    def run_theirs(count=None):
+        parts = [theirs(model, images[i:i + args.batch], labels[i:i + args.batch]).detach()
+                 for i in range(0, count or len(x), args.batch)]
+        return torch.cat(parts).numpy().transpose(0, 2, 3, 1)
+
+    def run_ours():
+        return np.asarray(gse_jax.attack(params, apply_fn, x, y, method=method, settings=settings,
+                                         key=0).adversarials)
+
+    run_ours()
+    theirs(model, images[:1], labels[:1])
+    pairs = [[measured(run, x, y, apply_fn, params) for run in (run_theirs, run_ours)]
+             for _ in range(args.repeats)]
+    seconds = np.median([[s for s, _ in pair] for pair in pairs], axis=0)
+    row = {"peer": name, "method": method, "images": len(x),
+           "theirs_seconds_per_image": float(seconds[0]),
+           "ours_seconds_per_image": float(seconds[1]), "ratio": float(seconds[0] / seconds[1])}
+    for word, (_, values) in zip(("theirs", "ours"), pairs[-1]):
+        row |= {f"{word}_{metric}": value for metric, value in values.items()}
+    return row
+
+
+def main():
+    """Measure and print."""
+    arguments = results_file.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--num", type=int, default=16)
+    arguments.add_argument("--batch", type=int, default=32)
+    arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--only", nargs="*", help="names of peers")
+    arguments.add_argument("--attack", metavar="FILE:FUNCTION=METHOD", help="a PyTorch attack")
+    args = arguments.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed, so there is no peer to compare with")
+        return
+    import torch
+    from safetensors.torch import load_file
+
+    import gse_jax
+    import torch_resnet
+    from gse_jax import data, models
+
+    gse_jax.use_all_cpu_cores()
+    folder = results_file.SHARED / "data" / "cifar10"
+    weights = folder / "resnet20_gse_authors.safetensors"
+    if not weights.is_file():
+        print(f"{weights} is not there; nothing is compared")
+        return
+    apply_fn, params = models.load("resnet20", weights=weights, normalize=(0.5, 0.5))
+    images = data.load(f"npz:{folder / 'test_0000_0399.npz'}", limit=2 * args.num)
+    right = np.asarray(apply_fn(params, images.images).argmax(-1)) == images.labels
+    x, y = (a[right][:2 if args.smoke else args.num] for a in (images.images, images.labels))
+    network = torch_resnet.load(load_file(weights))
+
+    def model(images):
+        return network((images - 0.5) / 0.5)
+
+    # A module, for peers that ask for `.eval()` or parameters.
+    model = type("Normalised", (torch.nn.Module,), {"forward": staticmethod(model)})()
+    model.network = network
+    difference = np.abs(np.asarray(apply_fn(params, x)) - model(
+        torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))).numpy()).max()
+    assert difference < 1e-3, f"the two networks differ by {difference}"
+    chosen = peers()
+    if args.attack:
+        file, _, rest = args.attack.rpartition(":")
+        function, _, method = rest.partition("=")
+        chosen = {args.attack: (method or "gse", {}, lambda: from_file(file, function))}
+    rows = []
+    for name, (method, changes, make) in chosen.items():
+        if args.only and name not in args.only:
+            continue
+        try:
+            theirs = make()
+        except ImportError as error:
+            print(f"{name} left out: {error}")
+            continue
+        rows.append(compare(name, method, changes, theirs, model, (params, apply_fn, x, y), args))
+        rows[-1]["torch"] = torch.__version__
+        results_file.show(rows[-1])
+    results_file.write("versus", args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""How exactly an accelerator multiplies inside the loop, and the check that follows a coarse loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gse_jax.attacks.algorithm import Outcome
+from gse_jax.ops import is_adversarial
+from gse_jax.types import Status
+
+# What users call them -> what JAX does.
+PRECISIONS = {"highest": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+
+_BATCH = 64
+
+
+def check_precision(precision) -> None:
+    """Refuse an unknown precision.
+
+    Args:
+        precision: as in `gse_jax.attack`.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def multiplying(precision):
+    """Return a context in which matrix products and convolutions are traced with a precision."""
+    return jax.default_matmul_precision(PRECISIONS[precision])
+
+
+def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
+    """Look at the adversarial images again in full precision, and take back what does not hold.
+
+    Args:
+        params: the model's parameters.
+        apply_fn: (params, x) -> logits.
+        outcome: leading axis N; of a loop in lower precision.
+        x: [N, H, W, C] clean images; may be traced, as all of these.
+        y: [N] true labels.
+        targets: [N] classes aimed at, or None.
+
+    Returns:
+        Outcome in which an image that no longer is adversarial counts as not found; `forward_evals`
+        has this pass added.
+    """
+    wanted = jnp.asarray(y if targets is None else targets).astype(jnp.int32)
+    holds = _holds(apply_fn, targets is not None)
+    parts = [holds(params, outcome.adversarials[i:i + _BATCH], wanted[i:i + _BATCH])
+             for i in range(0, x.shape[0], _BATCH)]
+    lost = (outcome.status == Status.FOUND) & ~jnp.concatenate(parts)
+    return outcome._replace(
+        adversarials=jnp.where(lost[:, None, None, None], x, outcome.adversarials),
+        success=outcome.success & ~lost,
+        status=jnp.where(lost, np.int32(Status.NOT_FOUND), outcome.status),
+        forward_evals=outcome.forward_evals + 1)
+
+
+@functools.lru_cache(maxsize=32)
+def _holds(apply_fn, targeted):
+    def holds(params, images, wanted):
+        with multiplying("highest"):
+            logits = apply_fn(params, images)
+        return jax.vmap(functools.partial(is_adversarial, targeted=targeted))(logits, wanted)
+
+    return jax.jit(holds)

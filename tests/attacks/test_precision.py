@@ -1,0 +1,56 @@
+"""The precision of the loop, and the check after a coarse one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import Status
+from gse_jax.attacks.algorithm import Outcome
+from gse_jax.attacks.precision import confirmed
+from tests.toy_model import linear_logits, toy
+
+SHORT = gse_jax.GSESettings(num_runs=1, max_steps=3, phase1_steps=2)
+
+
+@pytest.mark.parametrize("precision, shown", [("highest", "HIGHEST"), ("tf32", "HIGH"),
+                                              ("bf16", "DEFAULT")])
+def test_the_loop_multiplies_as_asked(precision, shown):
+    params, apply_fn, x, y = toy(jnp.float32)
+    text = str(jax.make_jaxpr(lambda x: gse_jax.attack(
+        params, apply_fn, x, y, bounds=(-1.0, 1.0), settings=SHORT, precision=precision))(x))
+    inside = text[text.index("while"):]
+    convolutions = inside.count("conv_general_dilated[")
+    assert convolutions >= 4  # two layers, forward and backward
+    assert inside.count(f"Precision.{shown}") >= 2 * convolutions
+
+
+def test_what_does_not_hold_in_float32_is_not_found():
+    kernel = np.zeros((64, 2))
+    kernel[0, 1] = 1.0
+    x = np.zeros((3, 8, 8, 1))
+    claimed = x.copy()
+    claimed[0, 0, 0, 0] = 1.0  # does fool the model; the second does not
+    outcome = Outcome(claimed, np.asarray([True, True, False]),
+                      np.asarray([Status.FOUND, Status.FOUND, Status.NOT_FOUND], np.int32),
+                      np.full(3, 5, np.int32), np.full(3, 6, np.int32), np.ones(3))
+    claimed[1, 0, 1, 0] = 1.0
+    checked = confirmed((kernel, np.asarray([0.5, 0.0])), linear_logits, outcome, x, np.zeros(3, int),
+                        None)
+    np.testing.assert_array_equal(checked.success, [True, False, False])
+    np.testing.assert_array_equal(checked.status, [Status.FOUND, *[Status.NOT_FOUND] * 2])
+    np.testing.assert_array_equal(checked.adversarials[0], claimed[0])
+    np.testing.assert_array_equal(checked.adversarials[1:], x[1:])
+    np.testing.assert_array_equal(checked.forward_evals, 7)
+
+
+def test_a_coarse_loop_is_checked_and_an_unknown_precision_refused():
+    params, apply_fn, x, y = toy()
+    results = [gse_jax.attack(params, apply_fn, x, y, bounds=(-1.0, 1.0), settings=SHORT, lanes=6,
+                              precision=precision) for precision in ("highest", "tf32")]
+    # The CPU multiplies in float64 whatever is asked, so only the extra pass differs.
+    np.testing.assert_array_equal(results[0].adversarials, results[1].adversarials)
+    np.testing.assert_array_equal(results[1].forward_evals, results[0].forward_evals + 1)
+    with pytest.raises(ValueError, match="precision must be one of highest, tf32, bf16, got 'fp8'"):
+        gse_jax.attack(params, apply_fn, x, y, bounds=(-1.0, 1.0), precision="fp8")
