@@ -1,0 +1,135 @@
+"""The arguments that all differentiable attacks share, checked and converted once."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gse_jax.attacks import default_domain, preset, validation
+from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.gse.settings import check
+from gse_jax.ops import logit_gap
+
+
+class Goal(NamedTuple):
+    """The static part of what an attack wants; hashable.
+
+    Attributes:
+        targeted: direction.
+        bounds: (low, high).
+    """
+
+    targeted: bool
+    bounds: tuple[float, float]
+
+    @property
+    def scale(self) -> float:
+        """Half the width of `bounds`: pixel units per unit of the perturbation."""
+        return 0.5 * (self.bounds[1] - self.bounds[0])
+
+    def labels(self, samples: Sample):
+        """Return the class that the margin is about: the target, or the true label."""
+        return samples.target if self.targeted else samples.y
+
+    def gap(self, logits, label):
+        """Return how far one image is from adversarial: logits [K] -> [], negative beyond."""
+        lead = logit_gap(logits, label)
+        return -lead if self.targeted else lead
+
+
+def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:
+    """Check images, labels and model, as `gse_jax.attack` does.
+
+    Args:
+        params: pytree.
+        apply_fn: (params, x) -> logits.
+        x: [N, H, W, C].
+        y: [N] int.
+        targets: [N] int or None.
+        bounds: (low, high).
+
+    Returns:
+        (goal, samples); every field of the samples has a leading axis N.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or range; in one line.
+    """
+    low, high = validation.check_bounds(bounds)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    targeted = targets is not None
+    validation.check_images(x, (low, high))
+    validation.check_labels("y", y, x.shape[0])
+    if targeted:
+        targets = jnp.asarray(targets)
+        validation.check_labels("targets", targets, x.shape[0])
+    num_classes = validation.check_model(params, apply_fn, x.shape[1:], x.dtype)
+    validation.check_label_values("y", y, num_classes)
+    if targeted:
+        validation.check_label_values("targets", targets, num_classes)
+        validation.check_targets_differ(y, targets)
+    y = y.astype(jnp.int32)
+    goal = targets.astype(jnp.int32) if targeted else jnp.full_like(y, -1)
+    # Mapped, so that fields GSE does not use get a leading axis too.
+    samples = jax.vmap(Sample)(x, y, goal, jnp.arange(x.shape[0], dtype=jnp.int32))
+    return Goal(targeted, (low, high)), samples
+
+
+def hashable(apply_fn):
+    """Return a hashable version of a model function, so that compiled programs can be reused.
+
+    Args:
+        apply_fn: (params, x) -> logits.
+
+    Returns:
+        `apply_fn` itself where it can be hashed. Otherwise a new function, which compiles anew.
+    """
+    try:
+        hash(apply_fn)
+    except TypeError:
+        return lambda params, x: apply_fn(params, x)
+    return apply_fn
+
+
+def configuration(image_shape, targeted, num_steps, settings, hyperparams,
+                  dtype) -> tuple[Any, Any]:
+    """Fill in the preset and the number of steps.
+
+    Args:
+        image_shape: (H, W, C).
+        targeted: direction.
+        num_steps: static int >= 1, or None for `settings.max_steps`.
+        settings: GSESettings or None.
+        hyperparams: GSEHyperparams or None.
+        dtype: of the hyperparameters.
+
+    Returns:
+        (settings, hyperparams), the latter arrays [].
+
+    Raises:
+        TypeError: for another type of either.
+        ValueError: for a value out of range; in one line.
+    """
+    preset_settings, preset_hyperparams = preset("gse", default_domain(image_shape), targeted)
+    settings = preset_settings if settings is None else settings
+    hyperparams = preset_hyperparams if hyperparams is None else hyperparams
+    check(settings, hyperparams, image_shape)
+    if num_steps is not None:
+        check_steps(num_steps)
+        settings = dataclasses.replace(settings, max_steps=num_steps)
+    return settings, jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
+
+
+def check_steps(num_steps) -> None:
+    """Refuse a number of steps that is not a static positive integer.
+
+    Args:
+        num_steps: int.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a positive integer, static under jit, "
+                         f"got {num_steps!r}")

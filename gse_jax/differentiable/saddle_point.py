@@ -1,0 +1,79 @@
+r"""Solve the symmetric system of an equality-constrained minimum, by products with its matrix only.
+
+    [ A   g ] [ d ]   [ a ]
+    [ g^T 0 ] [ e ] = [ b ]
+
+with A = I + nu Hessian. On the plane g.d = 0 a strict minimum has a positive definite A, so the
+part of d in that plane is found by conjugate gradients on the projected matrix; the rest is
+explicit.
+
+References:
+    Nocedal, Wright, Numerical Optimization, 2006, algorithm 16.2 (projected conjugate gradients).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from gse_jax.attacks.loops import while_loop
+
+MAX_PRODUCTS = 200  # of the matrix; a few dozen reach rounding level on the networks tried
+RELATIVE_RESIDUAL = {"float64": 1e-12, "float32": 1e-6}
+
+
+def saddle_point_solve(matvec, rhs):
+    """Solve `matvec(d, e) = rhs`; linear in `rhs`, differentiable and transposable.
+
+    Args:
+        matvec: (d [...], e []) -> pair of the same shapes; the symmetric matrix above, or
+            the same with g = 0 and any corner but 0.
+        rhs: (a [...], b []).
+
+    Returns:
+        (d [...], e []).
+    """
+    return lax.custom_linear_solve(matvec, rhs, _solve, symmetric=True)
+
+
+def _solve(matvec, rhs):
+    a, b = rhs
+    normal, corner = matvec((jnp.zeros_like(a), jnp.ones_like(b)))
+    length = jnp.sum(normal * normal)
+    bordered = length > 0.0
+    safe_length = jnp.where(bordered, length, 1.0)
+
+    def tangential(v):
+        return v - normal * (jnp.sum(normal * v) / safe_length)
+
+    def product(v):
+        return matvec((v, jnp.zeros_like(b)))[0]
+
+    along = jnp.where(bordered, normal * (b / safe_length), 0.0)
+    inside = _conjugate_gradients(lambda v: tangential(product(v)),
+                                  tangential(a - product(along)))
+    d = along + inside
+    e = jnp.sum(normal * (a - product(d))) / safe_length
+    return d, jnp.where(bordered, e, b / jnp.where(bordered, 1.0, corner))
+
+
+def _conjugate_gradients(product, rhs):
+    """Solve `product(v) = rhs` from v = 0 (Hestenes, Stiefel 1952)."""
+    goal = RELATIVE_RESIDUAL[rhs.dtype.name] ** 2 * jnp.sum(rhs * rhs)
+
+    def keep_going(carry):
+        _, _, _, size, count = carry
+        return (size > goal) & (count < MAX_PRODUCTS)
+
+    def body(carry):
+        v, residual, direction, size, count = carry
+        image = product(direction)
+        curvature = jnp.sum(direction * image)
+        # Without positive curvature this is no strict minimum, and the derivative does not exist:
+        # what was found so far is returned, not NaN.
+        convex = curvature > 0.0
+        step = jnp.where(convex, size / jnp.where(convex, curvature, 1.0), 0.0)
+        v, residual = v + step * direction, residual - step * image
+        new = jnp.where(convex, jnp.sum(residual * residual), 0.0)
+        return v, residual, residual + (new / size) * direction, new, count + 1
+
+    start = (jnp.zeros_like(rhs), rhs, rhs, jnp.sum(rhs * rhs), jnp.zeros((), jnp.int32))
+    return while_loop(keep_going, body, start)[0]

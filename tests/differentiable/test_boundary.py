@@ -1,0 +1,135 @@
+"""The implicit attack: optimality, and derivatives against the unrolled iteration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from tests.toy_model import golden, linear_logits, small_logits, toy
+
+BOUNDS = (-1.0, 1.0)
+
+
+def squares_near(x, boxes):
+    """`x` changed a little in one box per image, as an attack would."""
+    changed = np.asarray(x).copy()
+    for image, (row, column) in enumerate(boxes):
+        changed[image, row:row + 8, column:column + 8] *= 0.9
+    return jnp.asarray(changed)
+
+
+@pytest.fixture(scope="module")
+def curved():
+    """(params, apply_fn, x, y, adversarials) of a smooth network, supports of 8 x 4 pixels."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = (0.05 * jax.random.normal(keys[0], (192, 16), jnp.float64),
+              jax.random.normal(keys[1], (16, 4), jnp.float64))
+    x = jax.random.uniform(keys[2], (3, 8, 8, 3), jnp.float64, -0.5, 0.5)
+    y = small_logits(params, x).argmax(-1)
+    return params, small_logits, x, y, x.at[:, :, :4].multiply(0.9)
+
+
+def solve(params, apply_fn, x, y, adversarials, **options):
+    return gse_jax.implicit_attack(params, apply_fn, x, y, adversarials=adversarials,
+                                   bounds=BOUNDS, num_steps=40, **options)
+
+
+def test_linear_model_has_the_known_solution():
+    kernel = jax.random.normal(jax.random.key(0), (192, 3), jnp.float64)
+    params = kernel, jnp.asarray([4.0, 0.0, -4.0])
+    x = jnp.zeros((2, 8, 8, 3)).at[1].add(0.1)
+    y = linear_logits(params, x).argmax(-1)
+    adversarials = squares_near(x + 0.01, [(0, 0), (0, 0)]).at[:, 4:].set(x[:, 4:])
+    result = solve(params, linear_logits, x, y, adversarials)
+    logits = linear_logits(params, x)
+    other = jnp.where(jax.nn.one_hot(y, 3, dtype=bool), -jnp.inf, linear_logits(
+        params, result.adversarials)).argmax(-1)
+    for i in range(2):
+        gap = logits[i, y[i]] - logits[i, other[i]]
+        normal = (kernel[:, y[i]] - kernel[:, other[i]])[:96]  # the upper half may change
+        np.testing.assert_allclose(result.distance[i], gap / jnp.linalg.norm(normal), rtol=1e-10)
+    assert (np.asarray(result.residual) < 1e-10).all()
+    assert bool(result.support[:, :4].all()) and not bool(result.support[:, 4:].any())
+
+
+def test_implicit_equals_unrolled_where_the_residual_is_small(curved):
+    params, apply_fn, x, y, adversarials = curved
+
+    def value(params, x, derivative):
+        result = solve(params, apply_fn, x, y, adversarials, derivative=derivative)
+        return result.distance + jnp.sum(result.adversarials**3, axis=(1, 2, 3)), result.residual
+
+    def jacobian(derivative):
+        return jax.jit(lambda p, x: jax.jacrev(lambda p, x: value(p, x, derivative), (0, 1),
+                                               has_aux=True)(p, x))(params, x)
+
+    (implicit, residual), (unrolled, _) = jacobian("implicit"), jacobian("unrolled")
+    trusted = np.flatnonzero(np.asarray(residual) <= 1e-8)
+    assert len(trusted) >= 2
+    for a, b in zip(jax.tree.leaves(implicit), jax.tree.leaves(unrolled)):
+        error, size = (jnp.linalg.norm(v[trusted].reshape(len(trusted), -1), axis=1)
+                       for v in (a - b, b))
+        assert (error <= 1e-3 * size).all()
+
+    # Forward mode, and a central difference of the whole solution.
+    change = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape, p.dtype), params)
+    forward = jax.jit(lambda d: jax.jvp(lambda p: value(p, x, "implicit")[0], (params,), (d,))[1])(
+        change)
+    reverse = sum(jax.tree.leaves(jax.tree.map(
+        lambda j, d: jnp.sum(j.reshape(3, -1) * d.reshape(1, -1), axis=1), implicit[0], change)))
+    np.testing.assert_allclose(forward[trusted], reverse[trusted], rtol=1e-9)
+    at = jax.jit(lambda by: value(jax.tree.map(lambda p, d: p + by * d, params, change), x,
+                                  "implicit")[0])
+    difference = (at(1e-6) - at(-1e-6)) / 2e-6
+    np.testing.assert_allclose(difference[trusted], reverse[trusted], rtol=1e-5)
+
+
+def test_images_without_support_say_so_and_have_finite_derivatives(curved):
+    params, apply_fn, x, y, adversarials = curved
+    adversarials = adversarials.at[0].set(x[0])
+
+    def value(params, x):
+        result = solve(params, apply_fn, x, y, adversarials)
+        return jnp.sum(result.distance) + jnp.sum(result.adversarials), result
+
+    gradient, result = jax.jit(jax.grad(value, (0, 1), has_aux=True))(params, x)
+    assert np.isinf(result.residual[0]) and result.distance[0] == 0.0
+    np.testing.assert_array_equal(result.adversarials[0], x[0])
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(gradient[1][0], 1.0)
+
+
+def test_pixels_on_a_bound_stay_there():
+    kernel = jnp.zeros((192, 2), jnp.float64).at[:6, 0].set(1.0)
+    params = kernel, jnp.zeros(2, jnp.float64)
+    x = jnp.zeros((1, 8, 8, 3)).at[0, 0, 0].set(0.9)
+    adversarials = x.at[0, 0, 0].set(-1.0).at[0, 0, 1].set(-0.5)
+    result = gse_jax.implicit_attack(params, linear_logits, x, jnp.zeros(1, int),
+                                     adversarials=adversarials, bounds=BOUNDS)
+    np.testing.assert_array_equal(result.adversarials[0, 0, 0], -1.0)
+    np.testing.assert_allclose(result.adversarials[0, 0, 1], 1.0)  # the rest: sum is then 0
+    assert float(result.residual[0]) < 1e-10
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(derivative="magic"), "derivative='magic' is unknown"),
+    (dict(damping=0.0), "damping=0 must lie in"),
+    (dict(num_steps=0), "num_steps must be a positive integer"),
+    (dict(adversarials=np.zeros((1, 8, 8, 1))), "adversarials must have the shape of x"),
+])
+def test_bad_arguments_are_named_in_one_line(change, message):
+    params = jnp.ones((192, 2), jnp.float64), jnp.zeros(2, jnp.float64)
+    options = dict(adversarials=np.zeros((1, 8, 8, 3))) | change
+    with pytest.raises(ValueError, match=message) as error:
+        gse_jax.implicit_attack(params, linear_logits, np.zeros((1, 8, 8, 3)),
+                                np.zeros(1, int), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_solution_on_a_kink_has_a_large_residual():
+    """Golden images whose closest point ties three classes: not to be trusted, and it says so."""
+    params, apply_fn, x, y = toy()
+    adversarials = jnp.asarray(golden()["untargeted/adv"])
+    residual = np.asarray(solve(params, apply_fn, x, y, adversarials).residual)
+    assert (residual > 1e-3).any() and (residual < 1e-8).any()
