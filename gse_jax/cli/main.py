@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 
-from gse_jax.cli import attack, compare, evaluate, explain
+from gse_jax.cli import attack, compare, evaluate, explain, prepare
 
 
 def main(argv=None) -> int:
@@ -41,6 +41,6 @@ def _parser():
                         help="keep compiled programs there, for the next call to start at once; a "
                              "folder of yours alone (off by default)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (attack, explain, compare, evaluate):
+    for module in (attack, explain, compare, evaluate, prepare):
         module.add_commands(commands)
     return parser

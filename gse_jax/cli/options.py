@@ -1,18 +1,19 @@
 """Options that several commands share, and how their texts become values."""
 
-NORMALIZATIONS = {
-    "half": (0.5, 0.5),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "none": (0.0, 1.0),
-}
+
+DATA = ("digits, npz:FILE (x uint8 or in [0, 1], y), cifar10:ARCHIVE, folder:PATH, nips2017:FOLDER "
+        "or tfds:NAME:SPLIT")
 
 
 def add_model(parser, *, required, hint=" (default: what the run says)"):
     """Add --model, --weights and --normalize to a command."""
     hint = "" if required else hint
-    parser.add_argument("--model", required=required, help=f"resnet20, 32, 44 or 56{hint}")
+    parser.add_argument("--model", required=required,
+                        help="resnet20, 32, 44, 56 or wide_resnet28_10 (CIFAR); resnet18, 50, "
+                             f"vgg19 or vit_b_16 (ImageNet){hint}")
     parser.add_argument("--weights", required=required,
-                        help=f"safetensors or npz in PyTorch layout, or digits{hint}")
+                        help="safetensors or npz in PyTorch layout, hf:OWNER/REPO@REVISION, or "
+                             f"digits{hint}")
     parser.add_argument("--normalize", default="half" if required else None,
                         metavar="half|imagenet|none|MEAN/STD",
                         help="what the model does to images in [0, 1]; three numbers each may be "
@@ -21,6 +22,8 @@ def add_model(parser, *, required, hint=" (default: what the run says)"):
 
 def normalization(text):
     """Turn `half`, `imagenet`, `none` or MEAN/STD into (mean, std)."""
+    from gse_jax.models import NORMALIZATIONS
+
     if text in NORMALIZATIONS:
         return NORMALIZATIONS[text]
     try:

@@ -110,8 +110,7 @@ def _load_data(plan: Plan):
                          "pass data=")
     from gse_jax import data
 
-    return data.load(plan.data, limit=plan.limit, data_dir=plan.data_dir or None,
-                     keep_faulty=True)
+    return data.open_source(plan.data, limit=plan.limit, data_dir=plan.data_dir or None)
 
 
 def preflight(job: Job) -> list[Any]:

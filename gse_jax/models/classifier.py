@@ -15,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+# (mean, std) of images in [0, 1]: to [-1, 1] as the GSE paper does; what torchvision's and timm's
+# ImageNet checkpoints were trained with; nothing, as for RobustBench's models.
+NORMALIZATIONS = {
+    "half": (0.5, 0.5),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": (0.0, 1.0),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -25,7 +33,8 @@ class Classifier:
 
     Attributes:
       module: NNX module class; `module(config, rngs=...)` builds it and calling it on normalised
-        images returns `(logits, last feature map)`. Its last layer is named `linear`.
+        images returns `(logits, last feature map)`. Its last layer is named `linear`; where that is
+        not preceded by global average pooling alone, the class says `pooled = False`.
       config: Hashable configuration of the module, with a `num_channels` attribute.
       mean: Per-channel mean in the unit of the images, `num_channels` floats.
       std: Per-channel standard deviation in the same unit, positive.
@@ -80,16 +89,20 @@ class Classifier:
         mean, std = (jnp.asarray(v, dtype)[None, None, None, :] for v in (self.mean, self.std))
         return nnx.merge(graphdef, params)((x - mean) / std)
 
-    def head(self, params: Any) -> jax.Array:
-        """Return the kernel `[channels, num_classes]` that maps pooled features to logits.
+    @property
+    def head(self) -> Callable[[Any], jax.Array]:
+        """A function of `params`: the kernel `[channels, num_classes]` of the pooled features.
 
-        Args:
-          params: As in `__call__`.
+        Raises:
+          AttributeError: If the logits are no linear function of the pooled feature map; then
+            class activation maps need gradients (Grad-CAM).
 
         References:
           Zhou et al., "Learning Deep Features for Discriminative Localization", arXiv:1512.04150.
         """
-        return params["linear"]["kernel"]
+        if not getattr(self.module, "pooled", True):
+            raise AttributeError(f"{self.module.__name__} has no linear layer on pooled features")
+        return _head_kernel
 
     def _checked_images(self, x: jax.Array) -> jax.Array:
         shape, channels = np.shape(x), self.config.num_channels
@@ -106,11 +119,16 @@ class Classifier:
         return x
 
 
+def _head_kernel(params: Any) -> jax.Array:
+    return params["linear"]["kernel"]
+
+
 def normalization(normalize: Any, num_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Turn `(mean, std)`, scalars or per channel, into two tuples of `num_channels` floats.
 
     Args:
-      normalize: Pair of mean and standard deviation, each a number or one number per channel.
+      normalize: A name of `NORMALIZATIONS`, or a pair of mean and standard deviation, each a number
+        or one number per channel.
       num_channels: Channels of the images.
 
     Returns:
@@ -118,8 +136,14 @@ def normalization(normalize: Any, num_channels: int) -> tuple[tuple[float, ...],
 
     Raises:
       TypeError: If `normalize` is not a pair of numbers.
-      ValueError: If a length differs from `num_channels`, a value is not finite or a std <= 0.
+      ValueError: If the name is unknown, a length differs from `num_channels`, a value is not
+        finite or a std <= 0.
     """
+    if isinstance(normalize, str):
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize: got {normalize!r}, expected "
+                             f"{', '.join(NORMALIZATIONS)} or (mean, std)")
+        normalize = NORMALIZATIONS[normalize]
     want = f"expected (mean, std), each a number or {num_channels} numbers, for example (0.5, 0.5)"
     try:
         mean, std = (np.asarray(v, np.float64).ravel() for v in normalize)

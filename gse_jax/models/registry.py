@@ -11,19 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gse_jax.models import resnet, weights_file
+from gse_jax.models import (
+    download,
+    imagenet_resnet,
+    resnet,
+    vgg,
+    vision_transformer,
+    weights_file,
+    wide_resnet,
+)
 from gse_jax.models.classifier import Classifier, expected_params, normalization
 
 # x in [0, 1] to [-1, 1]: what the embedded weights and the GSE authors' checkpoints were trained
 # with. Other public checkpoints often use ImageNet's mean and std, which the caller must state.
-DEFAULT_NORMALIZATION = (0.5, 0.5)
+DEFAULT_NORMALIZATION = "half"
 
 
 class _Model(NamedTuple):
-    """One registry row: the module class, and how its config follows from a state dict."""
+    """One registry row: the module class, and how its config follows from a state dict.
+
+    `renamed` maps the names of public checkpoints to the module's, where they differ.
+    """
 
     module: Callable[..., nnx.Module]
     config: Callable[[Mapping[str, np.ndarray], str], Any]
+    renamed: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
 
 _MODELS = {
@@ -31,7 +43,20 @@ _MODELS = {
         resnet.CifarResNet, functools.partial(resnet.config_from_tensors, depth)
     )
     for depth in (20, 32, 44, 56)
-}
+} | {
+    f"resnet{depth}": _Model(
+        imagenet_resnet.ImageNetResNet,
+        functools.partial(imagenet_resnet.config_from_tensors, depth),
+    )
+    for depth in (18, 50)
+} | {
+    "vgg19": _Model(vgg.VGG, vgg.config_from_tensors, vgg.renamed),
+    "vit_b_16": _Model(vision_transformer.VisionTransformer,
+                       vision_transformer.config_from_tensors, vision_transformer.renamed),
+    "wide_resnet28_10": _Model(wide_resnet.WideResNet,
+                               functools.partial(wide_resnet.config_from_tensors, 28),
+                               wide_resnet.without_unused),
+}  # fmt: skip
 
 # Word for `weights` -> (model name, file). Each file is made by gse_jax.models.train.
 _EMBEDDED = {"digits": ("resnet20", Path(__file__).parent / "weights/digits_resnet20.safetensors")}
@@ -49,13 +74,17 @@ def load(
 
     Args:
       name: A name from `names()`, for example "resnet20".
-      weights: A safetensors or npz file in PyTorch layout, or "digits" for the ResNet-20 that is
-        shipped with the package and classifies `gse_jax.data.load("digits")`. The file's shapes
-        decide the number of classes, the widths and the image channels.
-      normalize: `(mean, std)`, numbers or one number per channel, in the unit of the images; the
-        model computes `(x - mean) / std` itself. Default (0.5, 0.5), which suits "digits" and other
-        weights trained on [-1, 1] when `x` is in [0, 1]. Pass (0.0, 1.0) when `x` already is in
-        the range that the weights were trained with.
+      weights: A safetensors or npz file in PyTorch layout, with torchvision's, timm's or (for the
+        WideResNet) RobustBench's names; or `hf:OWNER/REPO@REVISION` for `model.safetensors` of a
+        repository on the Hugging Face Hub (`,file=NAME` for another, `,sha256=HEX` to insist on a
+        content), which is fetched once; or "digits" for the ResNet-20 that is shipped with the
+        package and classifies `gse_jax.data.load("digits")`. The file's shapes decide the number of
+        classes, the widths and the image channels.
+      normalize: What the model does to images, `(x - mean) / std`: "half" (0.5, 0.5; the default,
+        which suits "digits" and other weights trained on [-1, 1] when `x` is in [0, 1]), "imagenet"
+        (what torchvision's and most of timm's ImageNet weights were trained with), "none" (when `x`
+        already is in the range that the weights were trained with), or `(mean, std)`, numbers or
+        one number per channel, in the unit of the images.
 
     Returns:
       `(apply_fn, params)`: `apply_fn(params, x [N, H, W, C]) -> logits [N, classes]` is a hashable
@@ -65,14 +94,15 @@ def load(
     Raises:
       ValueError: If the name is unknown, or the file is damaged or of another architecture.
       TypeError: If `normalize` is no pair of numbers.
-      FileNotFoundError: If there is no such weight file.
+      FileNotFoundError: If there is no such weight file, or it cannot be fetched.
     """
     if name not in _MODELS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(names())}")
     path = _weights_path(name, weights)
-    model, tensors = _MODELS[name], weights_file.read(path)
+    model = _MODELS[name]
+    tensors = model.renamed(weights_file.read(path))
     config = model.config(tensors, str(path))
-    _check_tensors(tensors, expected_params(model.module, config), f"{path} as {name}")
+    _check_tensors(tensors, model.module, config, f"{path} as {name}")
     mean, std = normalization(
         DEFAULT_NORMALIZATION if normalize is None else normalize, config.num_channels
     )
@@ -83,6 +113,8 @@ def load(
 def _weights_path(name: str, weights: str | os.PathLike) -> Path:
     if not isinstance(weights, (str, os.PathLike)):
         raise TypeError(f"weights: got {type(weights).__name__}, expected a path or 'digits'")
+    if download.is_location(weights):
+        return download.fetch(weights)
     if weights not in _EMBEDDED:
         return Path(weights)
     embedded_name, path = _EMBEDDED[weights]
@@ -91,8 +123,10 @@ def _weights_path(name: str, weights: str | os.PathLike) -> Path:
     return path
 
 
-def _check_tensors(tensors: Mapping[str, np.ndarray], expected: Any, source: str) -> None:
+def _check_tensors(tensors: Mapping[str, np.ndarray], module: Callable[..., nnx.Module],
+                   config: Any, source: str) -> None:
     """Compare names and shapes with what the module needs; one line says all that is wrong."""
+    expected = expected_params(module, config)
     # Expected shapes are in Flax layout; broadcasting a scalar gives an array of that shape free of
     # memory, which then takes the same road back to PyTorch layout as real parameters.
     blank = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), expected)
@@ -109,7 +143,8 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], expected: Any, source: str
         for what, found in (("lacks", missing), ("has unknown", unexpected), ("has", wrong))
         if found
     ]
-    if any("shortcut" in key or "downsample" in key for key in unexpected):
+    if module is resnet.CifarResNet and any("shortcut" in key or "downsample" in key
+                                            for key in unexpected):
         problems.append("only parameter-free shortcuts (option A) are supported")
     if problems:
         raise ValueError(f"weights: {source}: {'; '.join(problems)}")

@@ -4,13 +4,9 @@ Depth `6n + 2`: a 3x3 stem, three stages of `n` basic blocks with strides 1, 2, 
 pooling, one linear layer. Shortcuts across a stride carry no parameters ("option A": every second
 row and column, zero channels added on both sides), which is why a ResNet-20 has 0.27 M parameters.
 
-In evaluation mode each BatchNorm is folded into the kernel of its convolution: the fold costs
-0.27 M multiplications, the elementwise pass over the activations that it saves costs millions, and
-its gradient as much again. Attacks spend nearly all of their time here.
-
 References:
   He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2
-  (CIFAR-10 networks, shortcut option A); Ioffe and Szegedy, arXiv:1502.03167 (BatchNorm).
+  (CIFAR-10 networks, shortcut option A).
 """
 
 import re
@@ -21,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
-# arXiv:1512.03385 section 4.2: three stages. BatchNorm's 1e-5 is PyTorch's default, with which the
-# public CIFAR checkpoints were trained.
+from gse_jax.models.layers import batch_norm, convolution, convolution_and_norm
+
+# arXiv:1512.03385 section 4.2.
 NUM_STAGES = 3
-BATCH_NORM_EPSILON = 1e-5
 
 
 class ResNetConfig(NamedTuple):
@@ -62,15 +57,15 @@ class BasicBlock(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
         self.stride = stride
-        self.conv1 = _conv3x3(in_features, out_features, stride, rngs)
-        self.bn1 = _batch_norm(out_features, rngs)
-        self.conv2 = _conv3x3(out_features, out_features, 1, rngs)
-        self.bn2 = _batch_norm(out_features, rngs)
+        self.conv1 = convolution(in_features, out_features, 3, stride, rngs)
+        self.bn1 = batch_norm(out_features, rngs)
+        self.conv2 = convolution(out_features, out_features, 3, 1, rngs)
+        self.bn2 = batch_norm(out_features, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_features]` to `[N, ceil(H/stride), ceil(W/stride), out_features]`."""
-        y = jax.nn.relu(_conv_norm(self.conv1, self.bn1, x))
-        y = _conv_norm(self.conv2, self.bn2, y)
+        y = jax.nn.relu(convolution_and_norm(self.conv1, self.bn1, x))
+        y = convolution_and_norm(self.conv2, self.bn2, y)
         return jax.nn.relu(y + _shortcut(x, self.stride, y.shape[-1]))
 
 
@@ -88,8 +83,8 @@ class CifarResNet(nnx.Module):
     """
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
-        self.conv1 = _conv3x3(config.num_channels, config.widths[0], 1, rngs)
-        self.bn1 = _batch_norm(config.widths[0], rngs)
+        self.conv1 = convolution(config.num_channels, config.widths[0], 3, 1, rngs)
+        self.bn1 = batch_norm(config.widths[0], rngs)
         inputs = (config.widths[0], *config.widths[:2])
         stages = [
             nnx.List(
@@ -107,7 +102,7 @@ class CifarResNet(nnx.Module):
         Args:
           x: Normalised images `[N, H, W, num_channels]`, float.
         """
-        x = jax.nn.relu(_conv_norm(self.conv1, self.bn1, x))
+        x = jax.nn.relu(convolution_and_norm(self.conv1, self.bn1, x))
         for stage in (self.layer1, self.layer2, self.layer3):
             for block in stage:
                 x = block(x)
@@ -166,34 +161,6 @@ def config_from_tensors(
 def _num_blocks(tensors: Mapping[str, np.ndarray], stage: int) -> int:
     found = (re.match(rf"layer{stage}\.(\d+)\.", name) for name in tensors)
     return len({match.group(1) for match in found if match})
-
-
-def _conv3x3(in_features: int, out_features: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    # padding=1 and not "SAME": with stride 2 and an even size, "SAME" pads only at the far end.
-    return nnx.Conv(
-        in_features, out_features, (3, 3), strides=stride, padding=1, use_bias=False,
-        kernel_init=nnx.initializers.he_normal(), rngs=rngs,
-    )  # fmt: skip
-
-
-def _batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=BATCH_NORM_EPSILON, rngs=rngs)
-
-
-def _conv_norm(conv: Any, norm: Any, x: jax.Array) -> jax.Array:
-    """Apply a convolution and its BatchNorm; one convolution and one addition in evaluation."""
-    if not norm.use_running_average:
-        return norm(conv(x))
-    scale = norm.scale[...] * lax.rsqrt(norm.var[...] + norm.epsilon)
-    shift = norm.bias[...] - norm.mean[...] * scale
-    y = lax.conv_general_dilated(
-        x,
-        conv.kernel[...] * scale[None, None, None, :],
-        window_strides=(conv.strides, conv.strides),
-        padding=((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y + shift[None, None, None, :]
 
 
 def _shortcut(x: jax.Array, stride: int, out_features: int) -> jax.Array:

@@ -10,13 +10,14 @@ References:
 """
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gse_jax.data.atomic import replacing
 
 _FROM_TORCH = {"running_mean": "mean", "running_var": "var", "bias": "bias"}
 _TO_TORCH = {"mean": "running_mean", "var": "running_var", "bias": "bias", "scale": "weight"}
@@ -64,7 +65,8 @@ def to_params(tensors: Mapping[str, np.ndarray]) -> dict[Any, Any]:
     """Convert PyTorch names and layout to a nested dict in Flax names and layout.
 
     Args:
-      tensors: Arrays by PyTorch name; rank 4 is OIHW, rank 2 is `[out, in]`.
+      tensors: Arrays by PyTorch name; rank 4 is OIHW, rank 2 is `[out, in]`, rank 3 is a token or
+        position table of a transformer.
 
     Returns:
       Nested dict of NumPy arrays; kernels are HWIO and `[in, out]`, block numbers are ints.
@@ -79,7 +81,7 @@ def to_params(tensors: Mapping[str, np.ndarray]) -> dict[Any, Any]:
             leaf = "scale" if array.ndim == 1 else "kernel"
         elif leaf in _FROM_TORCH:
             leaf = _FROM_TORCH[leaf]
-        else:
+        elif array.ndim != 3 or leaf == "weight":  # Tokens and positions keep names and layout.
             raise ValueError(f"weights: unexpected tensor {name} of shape {array.shape}")
         node = params
         for key in parents:
@@ -114,6 +116,8 @@ def to_tensors(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
                 name, array = "weight", array.transpose(axes)
             elif key in _TO_TORCH and array.ndim == 1:
                 name = _TO_TORCH[key]
+            elif array.ndim == 3:
+                name = str(key)
             else:
                 raise TypeError(f"params: cannot name {prefix}{key} of shape {array.shape}")
             tensors[prefix + name] = np.ascontiguousarray(array)
@@ -141,20 +145,8 @@ def save(path: str | os.PathLike, params: Mapping[Any, Any]) -> None:
     from safetensors import numpy as safetensors
 
     content = safetensors.save(to_tensors(params))
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: folder {path.parent} does not exist; create it first")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would make a shared file unreadable.
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(Path(path)) as file:
+        file.write(content)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -202,6 +194,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _pickle_message(path: Path) -> str:
     return (
-        f"weights: {path} is a PyTorch pickle, which can run code when loaded; convert it once "
-        "where torch is installed: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+        f"weights: {path} is a PyTorch pickle, which can run code when loaded; convert it once, "
+        f"without running any: gse-jax convert {path.name} --out {path.stem}.safetensors"
     )

@@ -155,7 +155,7 @@ def test_missing_file_folder_and_unknown_names(tmp_path):
         load(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="name: got 'resnet21', expected one of resnet20, resnet3"):
+    with pytest.raises(ValueError, match="name: got 'resnet21', expected one of resnet18, resnet2"):
         load("digits", "resnet21")
     with pytest.raises(ValueError, match="'digits' is a resnet20, got name='resnet32'"):
         load("digits", "resnet32")

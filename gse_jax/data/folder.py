@@ -1,0 +1,84 @@
+"""Image folders in torchvision's ImageFolder layout: one folder per class."""
+
+import os
+from pathlib import Path
+
+from gse_jax.data.arguments import existing_path, split_options
+from gse_jax.data.dataset import Dataset
+from gse_jax.data.image_files import OPTIONS, ImageFiles, resize_from_options
+
+USAGE = "folder:PATH[,size=PIXELS][,resize=paper|crop]"
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFiles:
+    """List `PATH/CLASS/**/IMAGE`; classes sorted by name, images by folder and name.
+
+    Args:
+      rest: Folder and options; a relative folder starts from `data_dir`. Names of classes that are
+        all numbers *are* the labels (so that a part of ImageNet can be named by its labels); other
+        names are numbered in sorted order, as torchvision does.
+      limit: Keep the first so many images, or None.
+      data_dir: Folder, or None for the working directory.
+
+    Returns:
+      The images; ids are paths inside the folder, such as "cat/0001.png".
+
+    Raises:
+      ValueError: If the folder holds no class folders with images, or an option is wrong.
+      FileNotFoundError: If there is no such folder.
+      ImportError: If Pillow is not installed.
+    """
+    name, options = split_options(rest, OPTIONS)
+    resize, root = resize_from_options(options), existing_path(name, data_dir, USAGE)
+    if not root.is_dir():
+        raise ValueError(f"source: {root} is a file, expected a folder with one folder per class")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    numeric = all(name.isdecimal() for name in classes)
+    paths, labels, ids = [], [], []
+    for position, class_name in enumerate(classes):
+        for path in _images_in(root / class_name):
+            paths.append(path)
+            labels.append(int(class_name) if numeric else position)
+            ids.append(path.relative_to(root).as_posix())
+    if not paths:
+        images = any(_is_image(path.name) for path in root.iterdir())
+        fix = "; its images lie in no class folder" if images else ""
+        raise ValueError(f"source: {root} has no images in class folders, expected "
+                         f"CLASS/IMAGE.png or .jpg ...{fix}")  # fmt: skip
+    # Numbers may leave gaps, so they name themselves.
+    names = () if numeric else classes
+    return ImageFiles(paths[:limit], labels[:limit], ids[:limit], names, resize, f"folder {root}")
+
+
+def read(rest: str, *, limit: int | None, data_dir: str | None,
+         keep_faulty: bool = False) -> Dataset:
+    """Decode an image folder into memory.
+
+    Args:
+      rest: As in `open_files`.
+      limit: As in `open_files`.
+      data_dir: As in `open_files`.
+      keep_faulty: Ignored; a file that cannot be decoded has no pixels to keep.
+
+    Returns:
+      The data set.
+
+    Raises:
+      ValueError: As in `open_files`; if a file is damaged, or the images differ in size.
+      FileNotFoundError: As in `open_files`.
+      ImportError: As in `open_files`.
+    """
+    del keep_faulty
+    return open_files(rest, limit=limit, data_dir=data_dir).to_dataset()
+
+
+def _images_in(folder: Path) -> list[Path]:
+    found = []
+    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+        found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in _SUFFIXES
