@@ -57,6 +57,7 @@ def test_means_of_the_published_code(network, count, targeted, limit):
     assert np.mean(result.gradient_evals) <= limit
 
 
+@pytest.mark.slow
 def test_bounds_0_1_and_lanes_give_the_same_metrics(network):
     params, apply_fn, x, y = network
     correct = np.flatnonzero(np.asarray(apply_fn(params, x).argmax(-1)) == y)[:12]

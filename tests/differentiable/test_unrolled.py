@@ -106,7 +106,7 @@ def test_value_is_the_ordinary_attack(problem):
     assert bool((result.gap < 0).all())
 
 
-@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("targeted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_value_of_a_search_and_of_boosted_runs(targeted):
     """Trade-offs from searches; untargeted, some succeed in the boosted last runs only."""
     params, apply_fn, x, y = toy()
