@@ -31,13 +31,18 @@ def parity():
 
 def efficiency():
     """What the loop costs beside the bare model."""
-    record = json.loads((RESULTS / "efficiency_1_device.json").read_text())
-    row = min(record["rows"], key=lambda r: r["ratio_with_idle_lanes"])
-    return [f"On one CPU device with {row['lanes']} lanes the whole attack takes "
-            f"{row['ratio_with_idle_lanes']:.2f} times what the bare jitted value-and-gradient of the "
-            f"same batch takes for the evaluations that its lanes made, {row['ratio']:.2f} times "
-            "without counting lanes that were idle in the tail.", "",
-            source(record, "`benchmarks/efficiency.py`, better of two runs")]
+    lines = ["| images | attack | images per second | gradients per image | efficiency | of which lanes "
+             "idle in the tail |", "|---|---|---|---|---|---|"]
+    for word in ("untargeted", "targeted"):
+        record = json.loads((RESULTS / f"throughput_cpu_{word}.json").read_text())
+        lines += [f"| {row['images']} | {word} | {row['images_per_second']:.2f} | "
+                  f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
+                  f"{1 - row['efficiency'] / row['lanes_full']:.0%} |"
+                  for row in record["rows"] if row["lanes"] == "default"]
+    return [*lines, "", "Efficiency: gradient evaluations the attack used times the bare jitted "
+            "value-and-gradient of all cores at its best batch size, over wall time, after "
+            "compilation. 'Idle' includes the last forward pass of each run, whose gradient is not "
+            "used.", "", source(record, "`benchmarks/throughput.py`, CIFAR-10, authors' ResNet-20")]
 
 
 def source(record, script):

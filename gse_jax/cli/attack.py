@@ -23,8 +23,7 @@ def add_commands(commands) -> None:
     demo.set_defaults(run=_demo)
 
     attack = commands.add_parser("attack", help="attack your model on your images")
-    attack.add_argument("--data", required=True,
-                        help="digits, npz:FILE (x uint8 or in [0, 1], y) or tfds:NAME:SPLIT")
+    attack.add_argument("--data", required=True, help=options.DATA)
     options.add_model(attack, required=True)
     attack.add_argument("--method", default="gse", help="name of the attack (default gse)")
     attack.add_argument("--hyperparams", metavar="NAME=VALUE,...",

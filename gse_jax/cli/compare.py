@@ -13,7 +13,7 @@ def add_commands(commands) -> None:
         commands: what `add_subparsers` returned.
     """
     compare = commands.add_parser("compare", help="the paper's table for many attacks")
-    compare.add_argument("--data", required=True, help="digits, npz:FILE or tfds:NAME:SPLIT")
+    compare.add_argument("--data", required=True, help=options.DATA)
     options.add_model(compare, required=True)
     compare.add_argument("--methods", default="all", metavar="all|LIST",
                          help="names with commas between (default all)")

@@ -54,7 +54,7 @@ def add_commands(commands) -> None:
 
 
 def _add_plan_flags(parser):
-    parser.add_argument("--data", default="", help="digits, npz:FILE or tfds:NAME:SPLIT")
+    parser.add_argument("--data", default="", help=options.DATA)
     options.add_model(parser, required=False, hint="")
     parser.add_argument("--limit", type=int, help="take the first N images only")
     parser.add_argument("--expected-accuracy", type=float, help="clean accuracy to expect, 0 to 1")
