@@ -128,7 +128,7 @@ def test_bad_arguments_are_named_in_one_line(change, message):
 
 
 def test_a_solution_on_a_kink_has_a_large_residual():
-    """Golden images whose closest point ties three classes: not to be trusted, and it says so."""
+    """Golden images on which the solver cycles: not to be trusted, and the residual says so."""
     params, apply_fn, x, y = toy()
     adversarials = jnp.asarray(golden()["untargeted/adv"])
     residual = np.asarray(solve(params, apply_fn, x, y, adversarials).residual)
