@@ -1,7 +1,7 @@
 """`gse-jax prepare` and `convert` as a user types them."""
 
 from safetensors.numpy import load_file
-from tests.data.test_cifar10 import official
+from tests.data.test_cifar import official, official100
 from tests.models.test_torch_checkpoint import REAL, archive
 
 from gse_jax import cli, data, models
@@ -18,6 +18,10 @@ def test_prepare_writes_an_npz_that_the_other_commands_read(tmp_path, capsys, mo
     assert cli.main(["prepare", "cifar10", "--archive", "a.tar.gz", "--split", "train", "--out",
                      "train.npz"]) == 0
     assert len(data.load("npz:train.npz").ids) == 15
+    official100(tmp_path / "b.tar.gz")
+    assert cli.main(["prepare", "cifar100", "--archive", "b.tar.gz"]) == 0
+    assert "cifar100_test.npz (6 images)" in capsys.readouterr().out
+    assert len(data.load("npz:cifar100_test.npz").class_names) == 100
 
 
 def test_convert_writes_safetensors(tmp_path, capsys):

@@ -10,10 +10,11 @@ def add_commands(commands) -> None:
         commands: what `add_subparsers` returned.
     """
     prepare = commands.add_parser("prepare", help="write a data set's archive as an npz file")
-    prepare.add_argument("dataset", choices=("cifar10",), help="cifar10")
-    prepare.add_argument("--archive", required=True, help="cifar-10-binary.tar.gz")
+    prepare.add_argument("dataset", choices=("cifar10", "cifar100"))
+    prepare.add_argument("--archive", required=True,
+                         help="cifar-10-binary.tar.gz or cifar-100-binary.tar.gz")
     prepare.add_argument("--split", default="test", choices=("test", "train"))
-    prepare.add_argument("--out", help="npz file (default cifar10_SPLIT.npz)")
+    prepare.add_argument("--out", help="npz file (default DATASET_SPLIT.npz)")
     prepare.set_defaults(run=_prepare)
 
     convert = commands.add_parser(
@@ -27,7 +28,7 @@ def _prepare(args):
     from gse_jax import data
 
     out = Path(args.out or f"{args.dataset}_{args.split}.npz")
-    count = data.prepare_cifar10(args.archive, out, split=args.split)
+    count = data.prepare_cifar(args.dataset, args.archive, out, split=args.split)
     print(f"written: {out} ({count} images); use it as --data npz:{out}")
 
 

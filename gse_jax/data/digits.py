@@ -17,15 +17,13 @@ _SPLIT_SEED = 0
 _ENLARGEMENT = 4
 
 
-def read(rest: str, *, limit: int | None, data_dir: str | None,
-         keep_faulty: bool = False) -> Dataset:
+def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset:
     """Load the digits.
 
     Args:
       rest: "" or "test" for the 360 test images, "train" for the other 1437.
       limit: Keep the first so many images, or None.
       data_dir: Ignored.
-      keep_faulty: Ignored.
 
     Returns:
       Images `[N, 32, 32, 3]`; ids are positions in scikit-learn's array, such as "digits-0042".
@@ -34,7 +32,7 @@ def read(rest: str, *, limit: int | None, data_dir: str | None,
       ValueError: If there is no such split.
       ImportError: If scikit-learn is not installed.
     """
-    del data_dir, keep_faulty  # Unused: the images are inside scikit-learn, and sound.
+    del data_dir  # Unused: the images are inside scikit-learn.
     if rest not in ("", "test", "train"):
         raise ValueError(f"source: digits has no split {rest!r}, expected test or train")
     try:

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from gse_jax.data.arguments import existing_path, split_options
-from gse_jax.data.dataset import Dataset
 from gse_jax.data.image_files import OPTIONS, ImageFiles, resize_from_options
 
 USAGE = "folder:PATH[,size=PIXELS][,resize=paper|crop]"
@@ -49,28 +48,6 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     # Numbers may leave gaps, so they name themselves.
     names = () if numeric else classes
     return ImageFiles(paths[:limit], labels[:limit], ids[:limit], names, resize, f"folder {root}")
-
-
-def read(rest: str, *, limit: int | None, data_dir: str | None,
-         keep_faulty: bool = False) -> Dataset:
-    """Decode an image folder into memory.
-
-    Args:
-      rest: As in `open_files`.
-      limit: As in `open_files`.
-      data_dir: As in `open_files`.
-      keep_faulty: Ignored; a file that cannot be decoded has no pixels to keep.
-
-    Returns:
-      The data set.
-
-    Raises:
-      ValueError: As in `open_files`; if a file is damaged, or the images differ in size.
-      FileNotFoundError: As in `open_files`.
-      ImportError: As in `open_files`.
-    """
-    del keep_faulty
-    return open_files(rest, limit=limit, data_dir=data_dir).to_dataset()
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ processes: a fork of a process that runs JAX can deadlock.
 
 import functools
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Sequence
@@ -75,21 +76,25 @@ class ImageFiles:
       class_names: Name of each class, or `()`.
 
     Args:
-      paths: N image files.
+      files: N images: paths, or what a sequence gives when it is asked for image i, encoded bytes
+        or uint8 pixels `[H, W, C]`. Asked by several threads at a time.
       labels: N labels.
       ids: N different names.
       class_names: Name of each class, or `()`.
       resize: How images become one size.
       source: Where they come from, for error messages.
+      channels: 3 for RGB, 1 for grey.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], ids: Sequence[str],
-                 class_names: Sequence[str], resize: Resize, source: str):
+    def __init__(self, files: Sequence[Path | bytes | np.ndarray], labels: Sequence[int],
+                 ids: Sequence[str], class_names: Sequence[str], resize: Resize, source: str,
+                 channels: int = 3):
         _require_pillow(source)
         self.ids = tuple(ids)
         self.labels = np.asarray(labels, np.int32)
         self.class_names = tuple(class_names)
-        self._paths = tuple(paths)
+        self._files = files
+        self._mode = {1: "L", 3: "RGB"}[channels]
         self._resize = resize
         self._source = source
         self._ahead: dict[int, Future] = {}
@@ -101,7 +106,7 @@ class ImageFiles:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Return `(image [H, W, 3] float32 in [0, 1], label)`.
+        """Return `(image [H, W, C] float32 in [0, 1], label)`.
 
         Raises:
           OSError: If the file is not there or no readable image.
@@ -114,10 +119,10 @@ class ImageFiles:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of ids, labels, resize and the files' bytes; decoding all would take far longer."""
+        """Hash of ids, labels, resize and the files' bytes, which need not be decoded for it."""
         digest = hashlib.sha256(repr(self._resize).encode())
         for name, label, content in zip(self.ids, self.labels,
-                                        self._pool.map(_hash_of_file, self._paths)):
+                                        self._pool.map(self._hash, range(len(self)))):
             digest.update(f"{name}\n{label}\n{content}\n".encode())
         return digest.hexdigest()
 
@@ -153,7 +158,27 @@ class ImageFiles:
         return ThreadPoolExecutor(_THREADS, thread_name_prefix="gse_jax-decode")
 
     def _submit(self, index: int) -> Future:
-        return self._pool.submit(_decode, self._paths[index], self._resize)
+        return self._pool.submit(self._decode, index)
+
+    def _decode(self, index: int) -> np.ndarray:
+        with _opened(self._files[index]) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{self.ids[index]} has more than 8 bits per channel "
+                                 f"({image.mode})")
+            image = _resized(image.convert(self._mode), self._resize)
+            pixels = np.asarray(image, np.float32) / np.float32(255)
+        return pixels[..., None] if self._mode == "L" else pixels
+
+    def _hash(self, index: int) -> str:
+        try:
+            content = self._files[index]
+            if isinstance(content, Path):
+                with content.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha256(np.ascontiguousarray(content) if isinstance(
+                content, np.ndarray) else content).hexdigest()
+        except OSError:  # Set aside when it is read; its absence is part of the digest.
+            return "unreadable"
 
     def _look_ahead(self, index: int) -> None:
         """Start on the next images if the reader took the same step twice; drop what is stale."""
@@ -174,14 +199,15 @@ def _require_pillow(source: str) -> None:
         raise ImportError(f"source: {source} needs Pillow: pip install pillow") from None
 
 
-def _decode(path: Path, resize: Resize) -> np.ndarray:
+def _opened(content: Path | bytes | np.ndarray) -> Any:
+    """Return a Pillow image."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{path.name} has more than 8 bits per channel ({image.mode})")
-        pixels = np.asarray(_resized(image.convert("RGB"), resize), np.float32)
-    return pixels / np.float32(255)
+    if isinstance(content, np.ndarray):
+        if content.dtype != np.uint8:
+            raise ValueError(f"the image is {content.dtype}, expected uint8")
+        return Image.fromarray(content.squeeze(-1) if content.shape[-1] == 1 else content)
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
 
 def _resized(image: Any, resize: Resize) -> Any:
@@ -198,11 +224,3 @@ def _resized(image: Any, resize: Resize) -> Any:
     image = image.resize((width, height), bilinear)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
-
-
-def _hash_of_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # Set aside when it is read; its absence is part of the digest.
-        return "unreadable"

@@ -8,7 +8,6 @@ import csv
 from pathlib import Path
 
 from gse_jax.data.arguments import existing_path, split_options
-from gse_jax.data.dataset import Dataset
 from gse_jax.data.image_files import OPTIONS, ImageFiles, resize_from_options
 
 USAGE = "nips2017:FOLDER[,size=PIXELS][,resize=paper|crop]"
@@ -42,28 +41,6 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     ids = [name for name, _ in rows]
     paths = [table.parent / "images" / f"{name}.png" for name in ids]
     return ImageFiles(paths, [label for _, label in rows], ids, (), resize, f"nips2017 {table}")
-
-
-def read(rest: str, *, limit: int | None, data_dir: str | None,
-         keep_faulty: bool = False) -> Dataset:
-    """Decode the images of a CSV into memory.
-
-    Args:
-      rest: As in `open_files`.
-      limit: As in `open_files`.
-      data_dir: As in `open_files`.
-      keep_faulty: Ignored; a file that cannot be decoded has no pixels to keep.
-
-    Returns:
-      The data set.
-
-    Raises:
-      ValueError: As in `open_files`; if a file is missing or damaged, or the images differ in size.
-      FileNotFoundError: As in `open_files`.
-      ImportError: As in `open_files`.
-    """
-    del keep_faulty
-    return open_files(rest, limit=limit, data_dir=data_dir).to_dataset()
 
 
 def _rows(table: Path) -> list[tuple[str, int]]:

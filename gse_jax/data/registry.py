@@ -1,34 +1,36 @@
 """Source strings -> readers. A new source is one module file and one line in `_SOURCES`."""
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gse_jax.data import cifar10, digits, folder, nips2017, npz, tfds
+from gse_jax.data import cifar, digits, folder, nips2017, npz, tfds
+from gse_jax.data.array_images import ArrayImages
 from gse_jax.data.dataset import Dataset
 from gse_jax.data.image_files import ImageFiles
 
 
 class _Source(NamedTuple):
-    """One registry row: how the string is written, and its reader.
+    """One registry row: how the string is written, and what opens it.
 
-    A reader is called as `read(rest, limit=..., data_dir=..., keep_faulty=...)`, `rest` being what
-    follows the first colon of the source string, "" without one. Where images can stay in their
-    files, `open_files(rest, limit=..., data_dir=...)` leaves them there.
+    `open_files(rest, limit=..., data_dir=...)` is called with what follows the first colon of the
+    source string, "" without one. It leaves images where they are; its result has `to_dataset()`,
+    or is a `Dataset`.
     """
 
     usage: str
-    read: Callable[..., Dataset]
-    open_files: Callable[..., ImageFiles] | None = None
+    open_files: Callable[..., Dataset | ArrayImages | ImageFiles]
 
 
 _SOURCES = {
-    "digits": _Source("digits[:test|:train]", digits.read),
-    "npz": _Source("npz:FILE", npz.read),
-    "tfds": _Source("tfds:NAME:SPLIT", tfds.read),
-    "cifar10": _Source(cifar10.USAGE, cifar10.read),
-    "folder": _Source(folder.USAGE, folder.read, folder.open_files),
-    "nips2017": _Source(nips2017.USAGE, nips2017.read, nips2017.open_files),
+    "digits": _Source("digits[:test|:train]", digits.open_files),
+    "npz": _Source("npz:FILE", npz.open_files),
+    "tfds": _Source(tfds.USAGE, tfds.open_files),
+    **{name: _Source(layout.usage, functools.partial(cifar.open_files, layout))
+       for name, layout in cifar.LAYOUTS.items()},
+    "folder": _Source(folder.USAGE, folder.open_files),
+    "nips2017": _Source(nips2017.USAGE, nips2017.open_files),
 }
 
 
@@ -37,8 +39,7 @@ def sources() -> tuple[str, ...]:
     return tuple(row.usage for row in _SOURCES.values())
 
 
-def load(source: str, *, limit: int | None = None, data_dir: str | None = None,
-         keep_faulty: bool = False) -> Dataset:
+def load(source: str, *, limit: int | None = None, data_dir: str | None = None) -> Dataset:
     """Load labelled images.
 
     Args:
@@ -46,18 +47,19 @@ def load(source: str, *, limit: int | None = None, data_dir: str | None = None,
         `digits` or `digits:train`: scikit-learn's handwritten digits as 32x32x3 images, 360 or
         1437 of a fixed split; needs scikit-learn, no download.
         `npz:FILE`: arrays `x` (uint8, or floats in [0, 1], NHWC), `y` (integers), optionally `ids`.
-        `tfds:NAME:SPLIT`: a TensorFlow Datasets set already prepared as array_record; needs
-        tensorflow-datasets and Pillow, not TensorFlow.
-        `cifar10:ARCHIVE` or `cifar10:ARCHIVE,split=train`: the official cifar-10-binary.tar.gz.
+        `tfds:NAME:SPLIT`: a prepared TensorFlow Datasets set with image and label, such as
+        cifar10, cifar100, mnist or imagenet2012; needs tensorflow-datasets and Pillow, and
+        TensorFlow only where the set is not prepared as array_record.
+        `cifar10:ARCHIVE` or `cifar10:ARCHIVE,split=train`: the official cifar-10-binary.tar.gz;
+        `cifar100:ARCHIVE` likewise, with the 100 fine classes.
         `folder:PATH`: image files in one folder per class; RGB, 8 bits.
         `nips2017:FOLDER`: `images.csv` (1-based labels) beside `images/*.png`.
-        The last two may end with `,size=224` (height and width), which stretches the images, and
-        `,resize=crop`, which keeps their centre instead (`resize=paper` is the default).
+        `tfds`, `folder` and `nips2017` may end with `,size=224` (height and width), which stretches
+        the images, and `,resize=crop`, which keeps their centre instead (`resize=paper` is the
+        default).
       limit: Keep the first so many images, at least 1; None keeps all.
       data_dir: Folder of the prepared TFDS sets, and the folder that a relative FILE starts from;
         `digits` does not need it.
-      keep_faulty: Keep floating-point images that hold NaN or leave [0, 1], for a caller that sets
-        them aside one by one as `gse_jax.evaluation` does; else one of them refuses the whole.
 
     Returns:
       The images with labels and stable ids.
@@ -69,11 +71,12 @@ def load(source: str, *, limit: int | None = None, data_dir: str | None = None,
       ImportError: If the package that reads this source is not installed.
     """
     kind, rest = _checked(source, limit)
-    return _SOURCES[kind].read(rest, limit=limit, data_dir=data_dir, keep_faulty=keep_faulty)
+    opened = _SOURCES[kind].open_files(rest, limit=limit, data_dir=data_dir)
+    return opened if isinstance(opened, Dataset) else opened.to_dataset()
 
 
 def open_source(source: str, *, limit: int | None = None,
-                data_dir: str | None = None) -> Dataset | ImageFiles:
+                data_dir: str | None = None) -> Dataset | ArrayImages | ImageFiles:
     """Open labelled images for an evaluation, which reads them one by one.
 
     Args:
@@ -82,8 +85,8 @@ def open_source(source: str, *, limit: int | None = None,
       data_dir: As in `load`.
 
     Returns:
-      For `folder` and `nips2017` an `ImageFiles`, which decodes an image only when it is asked for
-      and raises for one that is damaged; else what `load` returns with `keep_faulty`.
+      An `ImageFiles` or `ArrayImages`, which reads an image only when it is asked for; a damaged
+      image raises then, and only then. For `digits`, which is small, a `Dataset`.
 
     Raises:
       ValueError: As in `load`.
@@ -92,9 +95,7 @@ def open_source(source: str, *, limit: int | None = None,
       ImportError: As in `load`.
     """
     kind, rest = _checked(source, limit)
-    if (open_files := _SOURCES[kind].open_files) is not None:
-        return open_files(rest, limit=limit, data_dir=data_dir)
-    return _SOURCES[kind].read(rest, limit=limit, data_dir=data_dir, keep_faulty=True)
+    return _SOURCES[kind].open_files(rest, limit=limit, data_dir=data_dir)
 
 
 def _checked(source: str, limit: int | None) -> tuple[str, str]:

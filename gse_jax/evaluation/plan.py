@@ -5,6 +5,7 @@ A plan file is TOML or JSON with the fields of `Plan`:
     data = "digits"
     model = "resnet20"
     weights = "digits"
+    normalize = "half"            # or "imagenet", "none", [mean, std]
     limit = 100
 
     [[attacks]]
@@ -63,7 +64,7 @@ class Plan:
         data: a source of `gse_jax.data.load`; ignored where `evaluate` is handed data.
         model: a name of `gse_jax.models.load`; ignored where `evaluate` is handed a model.
         weights: weights for it.
-        normalize: (mean, std) for it; None for its default.
+        normalize: "half", "imagenet", "none" or (mean, std) for it; None for its default.
         attacks: at least one.
         limit: keep the first so many images; None keeps all.
         data_dir: folder for `gse_jax.data.load`; empty for its default.
@@ -76,7 +77,7 @@ class Plan:
     data: str = ""
     model: str = ""
     weights: str = ""
-    normalize: tuple[Any, Any] | None = None
+    normalize: str | tuple[Any, Any] | None = None
     attacks: tuple[AttackPlan, ...] = (AttackPlan(),)
     limit: int | None = None
     data_dir: str = ""
@@ -89,6 +90,8 @@ class Plan:
         """Refuse what cannot be run, in one line."""
         if not self.attacks:
             raise ValueError("plan: attacks is empty, expected at least one")
+        if isinstance(self.normalize, str):
+            _check_normalization(self.normalize)
         for attack in self.attacks:
             _check_attack(attack)
 
@@ -155,7 +158,7 @@ _TEXT = (str, "text")
 _FIELDS = {
     "data": _TEXT, "model": _TEXT, "weights": _TEXT, "data_dir": _TEXT, "method": _TEXT,
     "name": _TEXT, "target_file": _TEXT, "preset": _TEXT,
-    "normalize": ((list, tuple, type(None)), "[mean, std]"),
+    "normalize": ((str, list, tuple, type(None)), "half, imagenet, none or [mean, std]"),
     "limit": ((int, type(None)), "an integer of at least 1"),
     "bounds": ((list, tuple), "[lowest, highest]"),
     "seed": (int, "an integer"),
@@ -184,6 +187,14 @@ def _checked(kind, values, where):
 
 def _as_tuple(value):
     return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_normalization(name: str):
+    from gse_jax.models import NORMALIZATIONS  # Flax takes a second to import.
+
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"plan: normalize = {name!r} is unknown; use {', '.join(NORMALIZATIONS)} "
+                         "or [mean, std]")
 
 
 def _check_attack(attack: AttackPlan):

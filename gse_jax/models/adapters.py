@@ -5,6 +5,7 @@ pure function of a pytree of arrays and a batch of NHWC images. None of the libr
 before its adapter is called.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -70,10 +71,10 @@ def from_nnx(model: Any) -> Adapted:
 
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a flax.nnx module")
-    copy = nnx.clone(model)
-    copy.eval()
+    clone = nnx.clone(model)
+    clone.eval()
     # Keys of dropout are no parameters, and are not used in evaluation.
-    graphdef, keys, state = nnx.split(copy, nnx.RngState, ...)
+    graphdef, keys, state = nnx.split(clone, nnx.RngState, ...)
 
     def apply_fn(params, x):
         return nnx.merge(graphdef, keys, params)(x)
@@ -161,3 +162,36 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **options: Any)
         return transformed.apply(params, *key, x, **options)
 
     return apply_fn, (params, state) if stateful else params
+
+
+def from_torch(module: Any) -> Adapted:
+    """Adapt a PyTorch module, such as a RobustBench model, by tracing it into JAX with torchax.
+
+    Args:
+      module: The `torch.nn.Module`; `module(x [N, C, H, W])` returns logits. It is copied, and the
+        copy put in evaluation mode. Code that looks at the values of tensors cannot be traced.
+
+    Returns:
+      `(apply_fn, params)` for `gse_jax.attack`; `apply_fn` takes NHWC images, `params` holds JAX
+      arrays by PyTorch's names. PyTorch takes no part in the computation.
+
+    Raises:
+      TypeError: If `module` is no PyTorch module.
+      ImportError: If PyTorch or torchax is not installed, or they do not fit each other.
+    """
+    try:
+        import torch
+        import torchax
+    except (ImportError, AttributeError) as error:  # The latter from versions that do not fit.
+        raise ImportError("from_torch needs PyTorch and torchax: pip install --pre "
+                          f"'gse-jax[torch]' ({error})") from None
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module")
+    params, function = torchax.extract_jax(copy.deepcopy(module).eval())
+
+    def apply_fn(params, x):
+        # torchax promotes as PyTorch does, which a session that is strict about it would refuse.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(params, (jnp.moveaxis(x, -1, 1),))
+
+    return apply_fn, params

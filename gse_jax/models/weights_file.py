@@ -46,11 +46,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"weights: {path} {what}; expected a .safetensors or .npz file")
     tensors = {}
     for name, array in _read_arrays(path).items():
-        name = name.removeprefix("module.")
-        if name.endswith("num_batches_tracked"):
+        name = plain_name(name)
+        if name is None:
             continue
-        if name.startswith("fc."):
-            name = "linear." + name.removeprefix("fc.")
         if name in tensors:
             raise ValueError(f"weights: {path} holds {name} twice (with and without a prefix)")
         if array.dtype.kind not in "fV" or not np.isfinite(as_float := array.astype("f4")).all():
@@ -59,6 +57,22 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if not tensors:
         raise ValueError(f"weights: {path} holds no tensors")
     return tensors
+
+
+def plain_name(name: str) -> str | None:
+    """Return the name under which a tensor of a checkpoint is known here.
+
+    Args:
+      name: As stored.
+
+    Returns:
+      The name without `module.` in front and with `linear.` for `fc.`; None for a counter that
+      evaluation does not use.
+    """
+    name = name.removeprefix("module.")
+    if name.endswith("num_batches_tracked"):
+        return None
+    return "linear." + name.removeprefix("fc.") if name.startswith("fc.") else name
 
 
 def to_params(tensors: Mapping[str, np.ndarray]) -> dict[Any, Any]:

@@ -130,14 +130,14 @@ def test_digest_follows_content_labels_and_resize(folder):
 def test_images_are_decoded_ahead_in_threads_and_not_kept(tmp_path, monkeypatch):
     for index in range(120):
         write(tmp_path / f"{index % 3}/{index:03d}.png", PIXELS[index % 4])
-    decode, threads, count = image_files._decode, set(), []
+    opened, threads, count = image_files._opened, set(), []
 
     def counted(*arguments):
         threads.add(threading.current_thread().name)
         count.append(arguments)
-        return decode(*arguments)
+        return opened(*arguments)
 
-    monkeypatch.setattr(image_files, "_decode", counted)
+    monkeypatch.setattr(image_files, "_opened", counted)
     source = data.open_source(f"folder:{tmp_path}")
     assert not count
     for index in range(0, 120, 2):  # as one of two shards reads

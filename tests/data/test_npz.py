@@ -1,5 +1,8 @@
 """The npz source: what it reads, and one clear line for everything else."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -102,3 +105,29 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(bytes(damaged))
     with pytest.raises(ValueError, match="cannot be read"):
         data.load(f"npz:{tmp_path / 'damaged.npz'}")
+
+
+def test_images_stay_on_disk_where_the_file_is_not_compressed(tmp_path):
+    """Peak memory of opening and reading one of many images, in a process of its own."""
+    path = tmp_path / "large.npz"
+    np.savez(path, y=np.zeros(40, int), x=np.zeros((40, 1000, 1000, 3), np.uint8))
+    code = (f"import resource; from gse_jax import data; import numpy\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"image, label = data.open_source('npz:{path}')[17]\n"
+            "print(image.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shape, _, kib = done.stdout.strip().rpartition(" ")
+    assert shape == "(1000, 1000, 3)" and int(kib) < 60 * 1024  # the file has 117 MiB
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_opened_images_are_the_loaded_ones(tmp_path, save, order):
+    save(tmp_path / "set.npz", x=np.asarray(PIXELS, order=order), y=LABELS,
+         class_names=["a", "b", "c", "d"])
+    source, whole = (call(f"npz:{tmp_path}/set.npz", limit=4)
+                     for call in (data.open_source, data.load))
+    assert len(source) == 4 and source.class_names == whole.class_names == ("a", "b", "c", "d")
+    for index in range(4):
+        image, label = source[index]
+        assert np.array_equal(image, whole.images[index]) and label == whole.labels[index]

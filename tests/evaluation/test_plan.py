@@ -1,5 +1,6 @@
 """Plan files and the cases they come to."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from gse_jax.evaluation import AttackPlan, Plan, load_plan
 from gse_jax.evaluation.cases import resolve
+from gse_jax.evaluation.job import load_model
+from gse_jax.models import NORMALIZATIONS
 
 TOML = """
 data = "digits"
@@ -41,6 +44,8 @@ def test_toml_json_and_python_say_the_same(tmp_path):
     ("dat = 1", "dat is unknown; use one of data, model"),
     ("limit = 'ten'", "limit must be an integer of at least 1, got 'ten'"),
     ("seed = true", "seed must be an integer, got True"),
+    ("normalize = 'imagnet'", "normalize = 'imagnet' is unknown; use half, imagenet, none or"),
+    ("normalize = 0.5", r"normalize must be half, imagenet, none or \[mean, std\], got 0.5"),
     ("attacks = 3", "attacks must be a list of tables"),
     ("attacks = []", "attacks is empty"),
     ("[[attacks]]\nstep = 1", r"attacks\[0\].step is unknown"),
@@ -55,6 +60,17 @@ def test_mistakes_are_told_in_one_line(tmp_path, text, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         load_plan(tmp_path / "plan.toml")
     assert str(error.value).startswith("plan: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["half", "imagenet", "none"])
+def test_normalization_by_name_is_that_of_the_numbers(tmp_path, name):
+    (tmp_path / "plan.toml").write_text(
+        f'model = "resnet20"\nweights = "digits"\nnormalize = "{name}"')
+    plan = load_plan(tmp_path / "plan.toml")
+    assert plan.normalize == name and Plan.from_dict(plan.to_dict()) == plan
+    by_name, _ = load_model(plan, None)
+    by_numbers, _ = load_model(dataclasses.replace(plan, normalize=NORMALIZATIONS[name]), None)
+    assert by_name == by_numbers  # architecture and normalisation
 
 
 def test_files_that_are_no_plans(tmp_path):

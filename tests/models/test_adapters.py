@@ -1,5 +1,7 @@
 """Models of other libraries through their adapters: the library's own answer, evaluation mode."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,3 +160,47 @@ def test_haiku(without_key):
     check(*adapters.from_haiku(plain, params), expected)
     with pytest.raises(TypeError, match="expected the result of haiku.transform"):
         adapters.from_haiku(network, params)
+
+
+def test_torch():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchax")
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.BatchNorm2d(5), torch.nn.ReLU(),
+        torch.nn.Conv2d(5, 5, 3, groups=5), torch.nn.Dropout(0.5), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(5, 4))
+    nchw = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    module(nchw)  # one step of training fills the statistics
+    with torch.no_grad():  # classes that a small change reaches
+        module[-1].weight *= 50.0
+        module[-1].bias -= module.eval()(nchw).mean(0)
+    module.train()
+    apply_fn, params = adapters.from_torch(module)
+    assert module.training
+    module.eval()
+    nchw.requires_grad_()
+    logits = module(nchw)
+    check(apply_fn, params, logits.detach().numpy())
+    (expected,) = torch.autograd.grad(logits[:, 0].sum(), nchw)
+    gradient = jax.grad(lambda x: apply_fn(params, x)[:, 0].sum())(IMAGES)
+    assert np.allclose(gradient, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+    labels = np.asarray(apply_fn(params, IMAGES).argmax(-1), np.int32)
+    settings = gse_jax.GSESettings(num_runs=3, max_steps=20, phase1_steps=5)
+    hyperparams = gse_jax.GSEHyperparams(mu=0.0, step_size=1.0, q=0.9)
+    result = gse_jax.attack(params, apply_fn, IMAGES, labels, settings=settings,
+                            hyperparams=hyperparams)
+    assert np.asarray(result.success).any()
+    with torch.no_grad():  # PyTorch itself is fooled
+        after = module(torch.from_numpy(np.asarray(result.adversarials).transpose(0, 3, 1, 2)
+                                        .copy())).argmax(-1).numpy()
+    assert np.array_equal(after != labels, np.asarray(result.success))
+    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+        adapters.from_torch(module.forward)
+
+
+def test_torch_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchax", None)
+    with pytest.raises(ImportError, match="needs PyTorch and torchax: pip install --pre"):
+        adapters.from_torch(None)

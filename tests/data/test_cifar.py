@@ -1,4 +1,4 @@
-"""CIFAR-10 from a small archive in the official binary layout."""
+"""CIFAR-10 and CIFAR-100 from small archives in the official binary layouts."""
 
 import io
 import os
@@ -14,6 +14,7 @@ RANDOM = np.random.default_rng(5)
 LABELS = RANDOM.integers(0, 10, 18).astype(np.uint8)
 PLANES = RANDOM.integers(0, 256, (18, 3, 32, 32)).astype(np.uint8)  # red, green, blue
 IMAGES = PLANES.transpose(0, 2, 3, 1)
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def records(part):
@@ -36,7 +37,18 @@ def official(path, **changes):
     members = {f"cifar-10-batches-bin/{name}.bin": records(part) for name, part in parts.items()}
     for name, content in changes.items():
         members[f"cifar-10-batches-bin/{name}.bin"] = content
+    members["cifar-10-batches-bin/batches.meta.txt"] = "\n".join(NAMES + ("", "")).encode()
     return write(path, {"cifar-10-batches-bin/readme.html": b"<html>", **members})
+
+
+def official100(path):
+    """Twelve training and six test images; a superclass stands before the class."""
+    labels = RANDOM.permutation(100)[:18].astype(np.uint8)
+    content = [bytes([y // 5, y]) + x.tobytes() for y, x in zip(labels, PLANES)]
+    names = {f"{kind}_label_names.txt": "".join(f"{kind}_{i}\n" for i in range(count)).encode()
+             for kind, count in (("fine", 100), ("coarse", 20))}
+    files = {"train.bin": b"".join(content[:12]), "test.bin": b"".join(content[12:])} | names
+    return labels, write(path, {f"cifar-100-binary/{name}": c for name, c in files.items()})
 
 
 @pytest.mark.parametrize(("option", "part", "split"), [("", slice(15, 18), "test"),
@@ -48,19 +60,55 @@ def test_pixels_labels_and_order_are_those_of_the_archive(tmp_path, option, part
     assert np.array_equal(np.rint(dataset.images * 255).astype(np.uint8), IMAGES[part])
     assert np.array_equal(dataset.labels, LABELS[part])
     assert dataset.ids == tuple(f"{split}_{i:05d}" for i in range(len(LABELS[part])))
-    assert dataset.class_names[0] == "airplane" and dataset.class_names[9] == "truck"
+    assert dataset.class_names == NAMES
     few = data.load(f"cifar10:{tmp_path}/a.tar.gz{option}", limit=2)
     assert few.ids == dataset.ids[:2] and np.array_equal(few.images, dataset.images[:2])
 
 
 def test_prepared_npz_is_the_same_data_set(tmp_path):
     archive = official(tmp_path / "a.tar.gz")
-    assert data.prepare_cifar10(archive, tmp_path / "train.npz", split="train") == 15
+    assert data.prepare_cifar("cifar10", archive, tmp_path / "train.npz", split="train") == 15
     from_npz, direct = data.load(f"npz:{tmp_path}/train.npz"), data.load(
         f"cifar10:{archive},split=train")
     assert from_npz.ids == direct.ids and np.array_equal(from_npz.images, direct.images)
     assert np.array_equal(from_npz.labels, direct.labels)
+    assert from_npz.class_names == NAMES
     assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "train.npz"]
+
+
+@pytest.mark.parametrize(("split", "part"), [("test", slice(12, 18)), ("train", slice(0, 12))])
+def test_cifar100_has_its_fine_classes(tmp_path, split, part):
+    labels, archive = official100(tmp_path / "a.tar.gz")
+    dataset = data.load(f"cifar100:{archive},split={split}")
+    assert np.array_equal(dataset.labels, labels[part])
+    assert np.array_equal(np.rint(dataset.images * 255).astype(np.uint8), IMAGES[part])
+    assert dataset.class_names == tuple(f"fine_{i}" for i in range(100))
+    assert data.prepare_cifar("cifar100", archive, tmp_path / "a.npz", split=split) == len(
+        dataset.ids)
+    prepared = data.load(f"npz:{tmp_path}/a.npz")
+    assert prepared.ids == dataset.ids and prepared.class_names == dataset.class_names
+    assert np.array_equal(prepared.images, dataset.images)
+
+
+def test_the_two_archives_are_not_taken_for_each_other(tmp_path):
+    _, archive = official100(tmp_path / "100.tar.gz")
+    with pytest.raises(ValueError, match="holds no test_batch.bin; is it another archive"):
+        data.load(f"cifar10:{archive}")
+    with pytest.raises(ValueError, match="holds no test.bin; is it another archive"):
+        data.load(f"cifar100:{official(tmp_path / '10.tar.gz')}")
+    with pytest.raises(ValueError, match="got 'cifar1', expected cifar10 or cifar100"):
+        data.prepare_cifar("cifar1", archive, tmp_path / "out.npz")
+
+
+def test_images_stay_in_eight_bits_until_they_are_asked_for(tmp_path):
+    official(tmp_path / "a.tar.gz")
+    source = data.open_source(f"cifar10:{tmp_path}/a.tar.gz")
+    whole = data.load(f"cifar10:{tmp_path}/a.tar.gz")
+    assert isinstance(source, data.ArrayImages) and len(source) == 3
+    for index in (2, 0, 1):
+        image, label = source[index]
+        assert image.dtype == np.float32 and label == whole.labels[index]
+        assert np.array_equal(image, whole.images[index])
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
@@ -71,7 +119,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        data.prepare_cifar10(archive, tmp_path / "out.npz")
+        data.prepare_cifar("cifar10", archive, tmp_path / "out.npz")
     assert os.listdir(tmp_path) == ["a.tar.gz"]
 
 
