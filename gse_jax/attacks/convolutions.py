@@ -4,18 +4,29 @@ XLA:CPU brings a convolution into its fast canonical form (NHWC images, HWIO ker
 dilation) only in the entry computation of a program, not in the body of a loop. The gradient by
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
 was measured 7 to 10 times slower there. `canonical_convolutions` writes that form down explicitly:
-the function is traced, and every plain two-dimensional convolution is evaluated as transpose,
-explicit padding, canonical convolution, transpose. Values change by rounding only.
+the function is traced, and every two-dimensional convolution is evaluated as transpose, explicit
+padding, canonical convolution, transpose. Values change by rounding only.
+
+The rewritten convolution is a primitive of its own, so that it stays canonical when the result is
+differentiated or mapped: its transposes and its batched form are those of JAX's convolution,
+rewritten again.
 
 GPU and TPU do not have the problem; `attacks` applies this on CPU alone.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 _CANONICAL = ("NHWC", "HWIO", "NHWC")
+
+# Groups are merged until a convolution has this many input features: XLA multiplies the zeros of a
+# kernel of 32 x 32 features faster than it loops over narrow groups.
+_WIDTH = 32
 
 # Calls whose body is evaluated in place, and the parameter that holds the body.
 _INLINED = {
@@ -23,23 +34,23 @@ _INLINED = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
+# The model's own loops and branches, whose bodies are replaced.
+_BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 
 
 def canonical_convolutions(fn):
     """Return `fn` with its two-dimensional convolutions in canonical form.
 
     Args:
-        fn: a function of arrays (pytrees allowed) to arrays. Differentiate it *before* wrapping it:
-            the derivative's own convolutions are the slow ones.
+        fn: a function of arrays (pytrees allowed) to arrays.
 
     Returns:
-        A function with the same arguments, results, shapes and dtypes. Grouped convolutions and
-        models without convolutions pass through unchanged.
+        A function with the same arguments, results, shapes, dtypes and derivatives. Models without
+        convolutions pass through unchanged.
     """
 
     def rewritten(*args):
@@ -52,23 +63,23 @@ def canonical_convolutions(fn):
     return rewritten
 
 
-def _body(eqn):
-    """The (jaxpr, consts) of a call that is evaluated in place, else None."""
-    name = _INLINED.get(eqn.primitive.name)
-    if name is None or name not in eqn.params:
-        return None
-    body = eqn.params[name]
-    return (body.jaxpr, body.consts) if hasattr(body, "consts") else (body, ())
-
-
 def _contains_convolution(jaxpr):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
-        body = _body(eqn)
-        if body is not None and _contains_convolution(body[0]):
-            return True
-    return False
+    return any(_is_convolution(eqn) or any(map(_contains_convolution, _bodies(eqn)))
+               for eqn in jaxpr.eqns)
+
+
+def _is_convolution(eqn):
+    return eqn.primitive is _plain and eqn.invars[0].aval.ndim == 4
+
+
+def _bodies(eqn):
+    """The jaxprs of a call, loop or branch that is entered; none for other equations."""
+    name = eqn.primitive.name
+    names = _BODIES.get(name) or (["call_jaxpr"] if name == "custom_jvp_call" else
+                                  [_INLINED[name]] if name in _INLINED else [])
+    found = [eqn.params[n] for n in names if n in eqn.params]
+    found = [body for value in found for body in (value if isinstance(value, tuple) else [value])]
+    return [getattr(body, "jaxpr", body) for body in found]
 
 
 def _evaluate(jaxpr, consts, args):
@@ -80,15 +91,54 @@ def _evaluate(jaxpr, consts, args):
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        body = _body(eqn)
-        if body is not None and _contains_convolution(body[0]):
-            outputs = _evaluate(*body, inputs)
-        elif _is_plain_convolution(eqn):
-            outputs = [_canonical(*inputs, eqn.params)]
+        if _is_convolution(eqn):
+            outputs = [_convolution(*inputs, eqn.params)]
+        elif any(map(_contains_convolution, _bodies(eqn))):
+            outputs = _entered(eqn, inputs)
         else:
             outputs = _bind(eqn, inputs)
         values.update(zip(eqn.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _entered(eqn, inputs):
+    """The outputs of an equation that has convolutions in its bodies."""
+    name = eqn.primitive.name
+    if name in _INLINED:
+        body = eqn.params[_INLINED[name]]
+        return _evaluate(getattr(body, "jaxpr", body), getattr(body, "consts", ()), inputs)
+    if name == "custom_jvp_call":
+        return _with_own_derivative(eqn)(*inputs)
+    replaced = {n: jax.tree.map(_replaced, eqn.params[n], is_leaf=_is_closed)
+                for n in _BODIES[name]}
+    return eqn.primitive.bind(*inputs, **eqn.params | replaced)
+
+
+def _is_closed(value):
+    return isinstance(value, core.ClosedJaxpr)
+
+
+def _replaced(closed):
+    """A loop's body with its convolutions rewritten."""
+    def body(*args):
+        return _evaluate(closed.jaxpr, closed.consts, args)
+
+    return jax.make_jaxpr(body)(*(v.aval for v in closed.jaxpr.invars))
+
+
+def _with_own_derivative(eqn):
+    """A `custom_jvp` function with its value and its derivative rule rewritten."""
+    def original(*args):
+        return _bind(eqn, args)
+
+    body = eqn.params["call_jaxpr"]
+    function = jax.custom_jvp(lambda *args: _evaluate(body.jaxpr, body.consts, args))
+
+    @function.defjvp
+    def derivative(primals, tangents):
+        return canonical_convolutions(lambda p, t: jax.jvp(original, p, t))(primals, tangents)
+
+    return function
 
 
 def _bind(eqn, inputs):
@@ -99,26 +149,62 @@ def _bind(eqn, inputs):
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def _is_plain_convolution(eqn):
-    return (eqn.primitive.name == "conv_general_dilated"
-            and eqn.invars[0].aval.ndim == 4
-            and eqn.params["feature_group_count"] == 1
-            and eqn.params["batch_group_count"] == 1)
-
-
-def _canonical(lhs, rhs, params):
+def _convolution(lhs, rhs, params):
+    """One convolution of whatever kind, rewritten."""
+    if params["batch_group_count"] != 1:  # only in gradients by the kernel of grouped convolutions
+        return _plain.bind(lhs, rhs, **params)
+    groups = params["feature_group_count"]
+    if groups == 1:
+        return _conv.bind(lhs, rhs, **params)
     numbers = params["dimension_numbers"]
-    n, c, h, w = numbers.lhs_spec
-    o, i, kh, kw = numbers.rhs_spec
-    lhs = jnp.transpose(lhs, (n, h, w, c))
-    rhs = jnp.transpose(rhs, (kh, kw, i, o))
+    inputs, channels = numbers.rhs_spec[1], numbers.lhs_spec[1]
+    if rhs.shape[inputs] == 1:
+        return _depthwise(lhs, rhs, params)
+    merged = next(m for m in range(1, groups + 1)
+                  if groups % m == 0 and (m * rhs.shape[inputs] >= _WIDTH or m == groups))
+    blocks = groups // merged
+    parts = zip(jnp.split(lhs, blocks, channels), jnp.split(rhs, blocks, numbers.rhs_spec[0]))
+    params = params | {"feature_group_count": 1}
+    return jnp.concatenate([_conv.bind(part, _block_diagonal(kernel, merged, numbers), **params)
+                            for part, kernel in parts], numbers.out_spec[1])
+
+
+def _block_diagonal(kernel, groups, numbers):
+    """The kernel of one group that does the work of `groups`."""
+    outputs, inputs = numbers.rhs_spec[:2]
+    dense = jnp.concatenate([kernel] * groups, inputs)
+    group_of = [lax.broadcasted_iota(jnp.int32, dense.shape, axis) // (dense.shape[axis] // groups)
+                for axis in (outputs, inputs)]
+    return jnp.where(group_of[0] == group_of[1], dense, jnp.zeros((), dense.dtype))
+
+
+def _depthwise(lhs, rhs, params):
+    """One input feature per group: a weighted sum of shifted images, which XLA fuses."""
+    lhs, rhs = _to_canonical(lhs, rhs, params)
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), _pad_config(params))
+    dtype = params["preferred_element_type"] or lhs.dtype
+    wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype  # sums of half floats
+    lhs = jnp.repeat(lhs, rhs.shape[3] // lhs.shape[3], axis=3).astype(wide)
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    last = [(size - (k - 1) * d - 1) // s * s for size, k, d, s in zip(
+        lhs.shape[1:3], rhs.shape[:2], dilation, strides)]
+    total = 0.0
+    for i in range(rhs.shape[0]):
+        for j in range(rhs.shape[1]):
+            top, left = i * dilation[0], j * dilation[1]
+            shifted = lax.slice(lhs, (0, top, left, 0),
+                                (lhs.shape[0], top + last[0] + 1, left + last[1] + 1, lhs.shape[3]),
+                                (1, *strides, 1))
+            total += shifted * rhs[i:i + 1, j:j + 1].astype(wide)
+    return _from_canonical(total.astype(dtype), params)
+
+
+def _canonical(lhs, rhs, **params):
+    lhs, rhs = _to_canonical(lhs, rhs, params)
     # Input dilation and negative padding become an explicit pad of the input.
-    (top, bottom), (left, right) = params["padding"]
-    down, across = params["lhs_dilation"]
-    explicit = min(top, bottom, left, right) < 0 or (down, across) != (1, 1)
+    explicit = min(map(min, params["padding"])) < 0 or params["lhs_dilation"] != (1, 1)
     if explicit:
-        config = ((0, 0, 0), (top, bottom, down - 1), (left, right, across - 1), (0, 0, 0))
-        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), _pad_config(params))
     out = lax.conv_general_dilated(
         lhs, rhs,
         window_strides=params["window_strides"],
@@ -128,8 +214,50 @@ def _canonical(lhs, rhs, params):
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],
     )
-    order = numbers.out_spec  # (n, c, h, w) positions in the result
+    return _from_canonical(out, params)
+
+
+def _pad_config(params):
+    (top, bottom), (left, right) = params["padding"]
+    down, across = params["lhs_dilation"]
+    return (0, 0, 0), (top, bottom, down - 1), (left, right, across - 1), (0, 0, 0)
+
+
+def _to_canonical(lhs, rhs, params):
+    n, c, h, w = params["dimension_numbers"].lhs_spec
+    o, i, kh, kw = params["dimension_numbers"].rhs_spec
+    return jnp.transpose(lhs, (n, h, w, c)), jnp.transpose(rhs, (kh, kw, i, o))
+
+
+def _from_canonical(out, params):
     back = [0] * 4
-    for source, position in zip((0, 3, 1, 2), order):
+    for source, position in zip((0, 3, 1, 2), params["dimension_numbers"].out_spec):
         back[position] = source
     return jnp.transpose(out, back)
+
+
+def _transposed_by_lhs(cotangent, lhs, rhs, **params):
+    return _transposed(lambda unknown: _plain.bind(unknown, rhs, **params), lhs, cotangent)
+
+
+def _transposed_by_rhs(cotangent, lhs, rhs, **params):
+    return _transposed(lambda unknown: _plain.bind(lhs, unknown, **params), rhs, cotangent)
+
+
+def _transposed(conv, unknown, cotangent):
+    like = jax.ShapeDtypeStruct(unknown.aval.shape, unknown.aval.dtype)
+    return canonical_convolutions(lambda c: jax.linear_transpose(conv, like)(c)[0])(cotangent)
+
+
+def _mapped(args, dims, **params):
+    conv = jax.vmap(functools.partial(_plain.bind, **params), in_axes=tuple(dims))
+    return canonical_convolutions(conv)(*args), 0
+
+
+_plain = core.primitives.conv_general_dilated_p
+_conv = core.Primitive("canonical_convolution")
+_conv.def_impl(_canonical)
+_conv.def_abstract_eval(lambda *avals, **params: _plain.abstract_eval(*avals, **params)[0])
+ad.defbilinear(_conv, _transposed_by_lhs, _transposed_by_rhs)
+batching.primitive_batchers[_conv] = _mapped
+mlir.register_lowering(_conv, mlir.lower_fun(_canonical, multiple_results=False))

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gse_jax.attacks import attack
+from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.differentiable.arguments import Goal, check_steps, hashable, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
@@ -174,15 +175,20 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
     def margin(w):
         return goal.gap(apply_fn(params, point(w)[None])[0].astype(x.dtype), label)
 
+    value_and_normal = jax.value_and_grad(margin)
+    if jax.default_backend() == "cpu":
+        value_and_normal = canonical_convolutions(value_and_normal)
+
     def equations(unknowns):
+        return conditions(unknowns, *value_and_normal(unknowns[0]))
+
+    def conditions(unknowns, value, normal):
         w, multiplier = unknowns
-        value, normal = jax.value_and_grad(margin)(w)
         # Without a support the equations are w = 0 and multiplier = 0.
         return w + multiplier * normal, jnp.where(solvable, value, multiplier)
 
-    def project(unknowns):
+    def project(unknowns, value, normal):
         w, _ = unknowns
-        value, normal = jax.value_and_grad(margin)(w)
         length = jnp.sum(normal * normal)
         flat = length == 0.0  # no direction to go: stay
         excess = jnp.where(flat, 0.0, value - jnp.sum(normal * w))
@@ -190,36 +196,40 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
         target = jnp.where(flat, w, -multiplier * normal)
         return (1.0 - damping) * w + damping * target, multiplier
 
-    def violation(unknowns):
-        stationarity, value = equations(unknowns)
+    def violation(unknowns, *margin_there):
+        stationarity, value = conditions(unknowns, *margin_there)
         return jnp.maximum(jnp.max(jnp.abs(stationarity)), jnp.abs(value))
 
     first = jnp.where(free, (adversarial - lax.stop_gradient(x)) / scale, 0.0)
     start = first, jnp.zeros((), x.dtype)
     if implicit:
         w, multiplier = lax.custom_root(
-            equations, start, lambda _, guess: _iterate(project, violation, guess, num_steps),
-            saddle_point_solve)
+            equations, start, lambda _, guess: _iterate(value_and_normal, project, violation, guess,
+                                                        num_steps), saddle_point_solve)
     else:
         driver = checkpointed_scan(num_steps)
-        w, multiplier = driver(lambda _: jnp.ones((), bool), project, start)
+        w, multiplier = driver(lambda _: jnp.ones((), bool),
+                               lambda now: project(now, *value_and_normal(now[0])), start)
     image = point(w)
     outside = jnp.max(jnp.where(free, jnp.maximum(low - image, image - high), 0.0)) / scale
-    residual = jnp.maximum(violation((w, multiplier)), outside)
+    residual = jnp.maximum(violation((w, multiplier), *value_and_normal(w)), outside)
     total = (image - x) / scale
     return image, total, multiplier, lax.stop_gradient(jnp.where(solvable, residual, jnp.inf))
 
 
-def _iterate(project, violation, start, num_steps):
+def _iterate(value_and_normal, project, violation, start, num_steps):
     """Repeat `project` until the violation is at rounding level, at most `num_steps` times."""
     tolerance = TOLERANCE[start[1].dtype.name]
 
     def keep_going(carry):
-        unknowns, step = carry
-        return (violation(unknowns) > tolerance) & (step < num_steps)
+        unknowns, margin_there, step = carry
+        return (violation(unknowns, *margin_there) > tolerance) & (step < num_steps)
 
     def body(carry):
-        unknowns, step = carry
-        return project(unknowns), step + 1
+        unknowns, margin_there, step = carry
+        unknowns = project(unknowns, *margin_there)
+        return unknowns, value_and_normal(unknowns[0]), step + 1
 
-    return while_loop(keep_going, body, (start, jnp.zeros((), jnp.int32)))[0]
+    # The margin is carried: the condition and the next step look at the same point.
+    carry = start, value_and_normal(start[0]), jnp.zeros((), jnp.int32)
+    return while_loop(keep_going, body, carry)[0]

@@ -1,4 +1,6 @@
-"""The convolution rewrite: equal values and gradients for every kind of convolution."""
+"""The convolution rewrite: equal values and derivatives for every kind of convolution."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,72 +13,169 @@ from gse_jax.attacks.convolutions import canonical_convolutions
 NHWC = ("NHWC", "HWIO", "NHWC")
 NCHW = ("NCHW", "OIHW", "NCHW")
 VARIANTS = {
-    "same": dict(window_strides=(1, 1), padding="SAME"),
-    "valid": dict(window_strides=(1, 1), padding="VALID"),
+    "same": dict(padding="SAME"),
+    "valid": dict(padding="VALID"),
     "stride 2": dict(window_strides=(2, 2), padding=((1, 1), (1, 1))),
     "stride 3 by 2": dict(window_strides=(3, 2), padding=((0, 2), (1, 0))),
-    "dilated": dict(window_strides=(1, 1), padding="SAME", rhs_dilation=(2, 2)),
-    "transposed": dict(window_strides=(1, 1), padding=((2, 1), (1, 2)), lhs_dilation=(2, 2)),
-    "negative padding": dict(window_strides=(1, 1), padding=((-1, 2), (0, -1))),
+    "stride leaves a rest": dict(window_strides=(4, 4), padding="VALID"),
+    "dilated": dict(padding="SAME", rhs_dilation=(2, 2)),
+    "dilated stride 2": dict(window_strides=(2, 2), padding="SAME", rhs_dilation=(2, 1)),
+    "transposed": dict(padding=((2, 1), (1, 2)), lhs_dilation=(2, 2)),
+    "negative padding": dict(padding=((-1, 2), (0, -1))),
+    "grouped": dict(padding="SAME", feature_group_count=2),
+    "grouped stride 2": dict(window_strides=(2, 2), padding="SAME", feature_group_count=2),
+    "depthwise": dict(padding="SAME", feature_group_count=4),
+    "depthwise stride 2": dict(window_strides=(2, 2), padding="SAME", feature_group_count=4),
+    "depthwise dilated": dict(padding="SAME", feature_group_count=4, rhs_dilation=(1, 2)),
+    "depthwise transposed": dict(padding=((2, 1), (1, 2)), lhs_dilation=(2, 2),
+                                 feature_group_count=4),
+    "depthwise negative padding": dict(padding=((-1, 2), (0, -1)), feature_group_count=4),
 }
 
 
-def check(fn, *args, changes=True):
-    def loss(*args):
-        return jnp.sum(jnp.sin(fn(*args)))
-
-    both = jax.value_and_grad(loss, argnums=tuple(range(len(args))))
-    rewritten = canonical_convolutions(both)
-    expected, actual = both(*args), rewritten(*args)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), expected) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), actual)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), expected,
-                 actual)
-    specs = {str(eqn.params["dimension_numbers"])
-             for eqn in jax.make_jaxpr(rewritten)(*args).jaxpr.eqns
-             if eqn.primitive.name == "conv_general_dilated"}
-    if changes:
-        canonical = lax.conv_dimension_numbers((1, 4, 4, 1), (3, 3, 1, 1), NHWC)
-        assert specs == {str(canonical)}
+NCHW_TOO = ("stride 2", "transposed", "grouped", "depthwise stride 2")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("layout", [NHWC, NCHW])
-def test_values_and_gradients_are_unchanged(name, layout):
+def operands(groups=1, layout=NHWC):
+    """Two images of 4 features and a kernel to 8."""
     rng = np.random.default_rng(0)
-    x, k = rng.normal(size=(2, 9, 11, 3)), rng.normal(size=(3, 3, 3, 4))
+    x = rng.normal(size=(2, 7, 9, 4)).astype(np.float32)
+    k = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
     if layout == NCHW:
         x, k = x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1)
-
-    def conv(x, k):
-        return lax.conv_general_dilated(x, k, dimension_numbers=layout, **VARIANTS[name])
-
-    check(conv, jnp.asarray(x), jnp.asarray(k))
+    return jnp.asarray(x), jnp.asarray(k)
 
 
-def test_nested_calls_are_entered():
-    rng = np.random.default_rng(0)
-    x, k = jnp.asarray(rng.normal(size=(2, 8, 8, 3))), jnp.asarray(rng.normal(size=(3, 3, 3, 3)))
+def convolution(layout=NHWC, **options):
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    return lambda x, k: lax.conv_general_dilated(x, k, dimension_numbers=layout, **options)
 
-    def conv(x, k):
-        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC)
+
+def assert_close(actual, expected):
+    described = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (actual, expected)]
+    assert described[0] == described[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * abs(b).max()),
+                 actual, expected)
+
+
+def assert_canonical(fn, *args):
+    """Whatever convolutions are in the compiled program have the form that is fast in loops."""
+    text = jax.jit(fn).lower(*args).as_text()
+    found = re.findall(r"stablehlo\.convolution.*", text)
+    for line in found:
+        assert "dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line
+        assert "feature_group_count = 1" in line and "batch_group_count = 1" in line
+        assert not re.search(r"lhs_dilate = \[(?!1, 1\])", line) and "pad = [[-" not in line
+    return len(found)
+
+
+def derivatives(fn, transform):
+    """A function of (x, k) -> values, first and second derivatives, of transformed gradients."""
+    def loss(x, k):
+        return jnp.sum(jnp.sin(fn(x, k)))
+
+    gradient = transform(jax.value_and_grad(loss))
+
+    def slope(x, k):
+        return jnp.sum(gradient(x, k)[1] * jnp.cos(x))
+
+    return lambda x, k: {
+        "gradient": gradient(x, k),
+        "again, reverse": jax.grad(slope, (0, 1))(x, k),
+        "again, forward": jax.jvp(gradient, (x, k), (jnp.cos(x), jnp.cos(k))),
+        "mapped over images": jax.vmap(gradient, (0, None))(x[:, None], k),
+        "mapped over kernels": jax.vmap(gradient, (None, 0))(x, jnp.stack([k, 2.0 * k])),
+    }
+
+
+@pytest.mark.parametrize("name, layout", [(name, NHWC) for name in VARIANTS] +
+                         [(name, NCHW) for name in NCHW_TOO])
+def test_values_and_derivatives_are_unchanged(name, layout):
+    options = VARIANTS[name]
+    args = operands(options.get("feature_group_count", 1), layout)
+    fn = convolution(layout, **options)
+    rewritten = derivatives(fn, canonical_convolutions)
+    assert_close(jax.jit(rewritten)(*args), jax.jit(derivatives(fn, lambda f: f))(*args))
+    assert_canonical(rewritten, *args)
+
+
+def test_gradients_by_the_kernel():
+    """Those of grouped convolutions pass through as they are."""
+    for groups in (1, 2, 4):
+        fn = convolution(feature_group_count=groups)
+        gradient = jax.grad(lambda x, k: jnp.sum(jnp.sin(fn(x, k))), (0, 1))
+        args = operands(groups)
+        assert_close(canonical_convolutions(gradient)(*args), gradient(*args))
+    assert assert_canonical(canonical_convolutions(jax.grad(
+        lambda x, k: jnp.sum(jnp.sin(convolution()(x, k))), (0, 1))), *operands()) == 3
+
+
+def nested(x, k):
+    """Convolutions in every construct that is entered."""
+    conv = convolution()
+
+    @jax.custom_vjp
+    def halved(x, k):
+        return 0.5 * conv(x, k)
+
+    halved.defvjp(lambda x, k: (halved(x, k), (x, k)),
+                  lambda args, c: jax.vjp(lambda *a: 0.5 * conv(*a), *args)[1](c))
+    x = jax.jit(conv)(x, k)[..., :4]
+    x = jax.checkpoint(conv)(jax.nn.relu(x), k)[..., 4:]
+    x = halved(x, k)[..., :4]
+    x = lax.cond(x[0, 0, 0, 0] > 0, lambda x: conv(x, k)[..., :4], lambda x: x, x)
+    return lax.scan(lambda x, s: (jnp.tanh(conv(x, s * k)[..., :4]), jnp.sum(x)), x,
+                    jnp.asarray([0.1, 0.2], x.dtype))
+
+
+def test_calls_loops_and_branches_are_entered():
+    def loss(x, k):
+        x, sums = nested(x, k)
+        return jnp.sum(jnp.sin(x)) + jnp.sum(sums)
+
+    def both(transform):
+        gradient = transform(jax.value_and_grad(loss))
+        return lambda x, k: (gradient(x, k), jax.grad(lambda k: jnp.sum(
+            gradient(x, k)[1] * jnp.cos(x)))(k))
+
+    args = operands()
+    assert_close(jax.jit(both(canonical_convolutions))(*args), jax.jit(both(lambda f: f))(*args))
+    assert assert_canonical(both(canonical_convolutions), *args) > 15
+
+
+def test_a_while_loop_in_the_model_is_entered():
+    x, k = operands()
+    conv = lax.conv_general_dilated
+    fn = lambda x: lax.fori_loop(0, 2, lambda _, x: jnp.tanh(conv(
+        x, k, (1, 1), "SAME", lhs_dilation=(1, 1), dimension_numbers=NHWC)[..., :4]), x)
+    loop = lambda x: lax.while_loop(lambda c: jnp.sum(convolution(NCHW)(
+        jnp.moveaxis(c[0], 3, 1), jnp.transpose(k, (3, 2, 0, 1)))) + 1e3 * c[1] < 2e3,
+        lambda c: (fn(c[0]), c[1] + 1.0), (x, jnp.float32(0.0)))
+    assert_close(canonical_convolutions(loop)(x), loop(x))
+    assert assert_canonical(canonical_convolutions(loop), x) >= 2
+
+
+def test_a_custom_derivative_stays_the_derivative():
+    conv = convolution()
 
     @jax.custom_jvp
     def scaled(x, k):
         return 2.0 * conv(x, k)
 
-    scaled.defjvp(lambda p, t: (scaled(*p), 2.0 * conv(t[0], p[1]) + 2.0 * conv(p[0], t[1])))
-    nested = jax.jit(lambda x, k: jax.checkpoint(conv)(jax.nn.relu(scaled(x, k)), k))
-    check(nested, x, k)
+    @scaled.defjvp  # three times the true one, and it calls the function itself
+    def _(primals, tangents):
+        (x, k), (dx, dk) = primals, tangents
+        return scaled(x, k), 3.0 * (scaled(dx, k) + scaled(x, dk))
 
+    def outer(transform):
+        def loss(x, k):
+            return jnp.sum(jnp.sin(transform(lambda x, k: jnp.sum(jax.nn.relu(scaled(x, k)), 3))(
+                x, k)))
+        return jax.grad(loss, (0, 1))
 
-@pytest.mark.parametrize("groups", [3, 6])
-def test_grouped_convolutions_pass_through(groups):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 8, 8, 6)))
-    k = jnp.asarray(rng.normal(size=(3, 3, 6 // groups, 6)))
-    check(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC,
-                                                feature_group_count=groups), x, k, changes=False)
+    args = operands()
+    args = args[0].at[0].set(0.0), args[1]  # relu's derivative at 0 is 0 by its own rule
+    assert_close(outer(canonical_convolutions)(*args), outer(lambda f: f)(*args))
 
 
 def test_models_without_convolutions_are_left_alone():
@@ -87,17 +186,25 @@ def test_models_without_convolutions_are_left_alone():
     assert str(jax.make_jaxpr(canonical_convolutions(fn))(x)) == str(jax.make_jaxpr(fn)(x))
 
 
+def test_half_floats_keep_their_dtype():
+    for groups in (1, 4):
+        x, k = (a.astype(jnp.bfloat16) for a in operands(groups))
+        fn = convolution(feature_group_count=groups)
+        actual, expected = canonical_convolutions(fn)(x, k), fn(x, k)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_allclose(actual.astype(np.float32), expected.astype(np.float32),
+                                   rtol=0.02, atol=0.1)
+
+
 def test_works_inside_a_loop_with_traced_parameters():
-    rng = np.random.default_rng(0)
-    x, k = jnp.asarray(rng.normal(size=(2, 8, 8, 3))), jnp.asarray(rng.normal(size=(3, 3, 3, 3)))
+    x, k = operands()
 
     def step(x, k, transform):
-        grad = transform(jax.grad(lambda x: jnp.sum(jnp.tanh(lax.conv_general_dilated(
-            x, k, (2, 2), "SAME", dimension_numbers=NHWC)))))
+        grad = transform(jax.grad(lambda x: jnp.sum(jnp.tanh(convolution(
+            window_strides=(2, 2))(x, k)))))
         return x - 0.1 * grad(x)
 
     def run(transform):
         return jax.jit(lambda x, k: lax.fori_loop(0, 5, lambda _, x: step(x, k, transform), x))
 
-    np.testing.assert_allclose(run(canonical_convolutions)(x, k), run(lambda f: f)(x, k),
-                               atol=1e-12)
+    assert_close(run(canonical_convolutions)(x, k), run(lambda f: f)(x, k))

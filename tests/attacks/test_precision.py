@@ -21,7 +21,7 @@ def test_the_loop_multiplies_as_asked(precision, shown):
     text = str(jax.make_jaxpr(lambda x: gse_jax.attack(
         params, apply_fn, x, y, bounds=(-1.0, 1.0), settings=SHORT, precision=precision))(x))
     inside = text[text.index("while"):]
-    convolutions = inside.count("conv_general_dilated[")
+    convolutions = inside.count("canonical_convolution[")
     assert convolutions >= 4  # two layers, forward and backward
     assert inside.count(f"Precision.{shown}") >= 2 * convolutions
 
@@ -43,6 +43,25 @@ def test_what_does_not_hold_in_float32_is_not_found():
     np.testing.assert_array_equal(checked.adversarials[0], claimed[0])
     np.testing.assert_array_equal(checked.adversarials[1:], x[1:])
     np.testing.assert_array_equal(checked.forward_evals, 7)
+
+
+def test_the_check_knows_targets_batches_and_other_outcomes():
+    """Each of 70 images should become the class it is not; every third does not."""
+    kernel = np.zeros((64, 2))
+    kernel[0, 1] = 1.0  # class 1 where the first pixel is bright
+    y = np.arange(70) // 64
+    claimed = np.zeros((70, 8, 8, 1))
+    holds = np.arange(70) % 3 > 0
+    claimed[:, 0, 0, 0] = np.where(holds, 1 - y, y)
+    status = np.full(70, Status.FOUND, np.int32)
+    status[3] = Status.NON_FINITE
+    outcome = Outcome(claimed, status == Status.FOUND, status, *np.ones((3, 70), np.int32))
+    arguments = (kernel, np.asarray([0.5, 0.0])), linear_logits, outcome, np.zeros((70, 8, 8, 1))
+    checked = confirmed(*arguments, y, 1 - y)
+    np.testing.assert_array_equal(checked.success, holds)
+    assert int(checked.status[3]) == Status.NON_FINITE
+    shown = str(jax.make_jaxpr(lambda x: confirmed(*arguments[:3], x, y, 1 - y))(arguments[3]))
+    assert "Precision.HIGHEST" in shown and "Precision.DEFAULT" not in shown
 
 
 def test_a_coarse_loop_is_checked_and_an_unknown_precision_refused():
