@@ -1,4 +1,4 @@
-"""Write README's tables from benchmarks/results/*.json, between their markers.
+"""Write the tables of README and of `docs/refinement.md` from benchmarks/results/*.json.
 
     python benchmarks/readme_table.py
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
+REFINEMENT = README.parent / "gse_jax" / "docs" / "refinement.md"
 
 
 def parity():
@@ -45,6 +46,58 @@ def efficiency():
             "used.", "", source(record, "`benchmarks/throughput.py`, CIFAR-10, authors' ResNet-20")]
 
 
+def imagenet():
+    """The ImageNet protocol at 224 x 224 pixels."""
+    record = json.loads((RESULTS / "imagenet_panels.json").read_text())
+    lines = ["| NIPS 2017 at 224 x 224, MobileNet, ImageNet preset | images | ASR | ACP | ANC | l2 | "
+             "d_{2,0} | gradients per image | seconds per image, with compilation |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        if "seconds_per_image_with_compilation" in row:
+            lines.append(
+                f"| {row['attack']} | {row['images']} | {row['ASR']:.3f} | {row['ACP']:.0f} | "
+                f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
+                f"{row['evals_per_image']:.0f} | {row['seconds_per_image_with_compilation']:.0f} |")
+    overlap = record["rows"][0]
+    return [*lines, "", f"Of the changed pixels {overlap['CAM_overlap']:.0%} (untargeted) lie in the top "
+            f"20 % of the class activation map; of the same mask anywhere "
+            f"{overlap['CAM_overlap_anywhere']:.0%}. Targets: label + 857.", "",
+            source(record, "`benchmarks/imagenet_panels.py`")]
+
+
+def _attacks(record, first, rows=None):
+    lines = [f"| {first} | ASR | ACP | ANC | l2 | d_{{2,0}} | gradients | forward passes |",
+             "|---|---|---|---|---|---|---|---|"]
+    return lines + [f"| {row['attack']}{', label + 1' if row['targeted'] else ''} | {row['ASR']:.3f} | "
+                    f"{row['ACP']:.1f} | {row['ANC']:.2f} | {row['l2']:.2f} | {row['d20']:.1f} | "
+                    f"{row['gradients']:.0f} | {row['forwards']:.0f} |" for row in rows or record["rows"]]
+
+
+def refined():
+    """The refined attack beside GSE and its rivals, for the README."""
+    record = json.loads((RESULTS / "refinement_front.json").read_text())
+    chosen = [row for row in record["rows"] if "l2 <=" not in row["attack"]
+              or row["attack"].endswith((" 0.8", " 1.5"))]
+    return [*_attacks(record, "first 64 CIFAR-10 test images, authors' ResNet-20", chosen), "",
+            source(record, "`benchmarks/refinement.py`, 55 correctly classified images")]
+
+
+def refinement():
+    """Everything measured of the refinement, for its page."""
+    heads = {"front": "Untargeted, first 64 CIFAR-10 test images, authors' ResNet-20",
+             "targeted": "Targeted, the same images and network",
+             "network": "Another ResNet-20, the same settings",
+             "others": "Other attacks refined (200 gradients at most), authors' ResNet-20",
+             "ablation": "One change at a time, authors' ResNet-20"}
+    lines = []
+    for part, head in heads.items():
+        path = RESULTS / f"refinement_{part}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            lines += [*_attacks(record, head), "",
+                      source(record, f"`benchmarks/refinement.py --parts {part}`"), ""]
+    return lines
+
+
 def source(record, script):
     """One line that says what was measured where."""
     machine, versions = record["machine"], record["versions"]
@@ -54,12 +107,13 @@ def source(record, script):
 
 def main():
     """Replace what stands between the markers."""
-    text = README.read_text(encoding="utf-8")
-    for name, lines in (("parity", parity()), ("efficiency", efficiency())):
-        block = f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block, text,
-                      flags=re.DOTALL)
-    README.write_text(text, encoding="utf-8")
+    for page, table in ((README, parity), (README, imagenet), (README, refined),
+                        (README, efficiency), (REFINEMENT, refinement)):
+        name = table.__name__
+        block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,
+                      page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ import gse_jax
 SHARED = Path(os.environ.get("GSE_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+# ImageNet's mean and standard deviation, for images in [-1, 1].
+_SHIFTED = tuple([2.0 * value - offset for value in values] for values, offset in
+                 (((0.485, 0.456, 0.406), 1.0), ((0.229, 0.224, 0.225), 0.0)))
+
+
 def parser(description):
     """Arguments that every benchmark has."""
     arguments = argparse.ArgumentParser(description=description)
@@ -45,17 +50,24 @@ def show(row):
                      for k, v in row.items()), flush=True)
 
 
-def network_and_images(count):
-    """(params, apply_fn, x, y, bounds, name): the paper's CIFAR-10 network, else the digits'."""
+def network_and_images(count, network="authors"):
+    """(params, apply_fn, x, y, bounds, name): a CIFAR-10 ResNet-20, else the digits'.
+
+    "authors" is the paper's, "imagenet_norm" another one that normalises with ImageNet's means.
+    """
     from gse_jax import data, models
 
     folder = SHARED / "data" / "cifar10"
     if folder.is_dir():
-        apply_fn, params = models.load(
-            "resnet20", weights=folder / "resnet20_gse_authors.safetensors", normalize=(0.0, 1.0))
+        file, normalize, name = {
+            "authors": ("resnet20_gse_authors", (0.0, 1.0), "CIFAR-10, authors' ResNet-20"),
+            "imagenet_norm": ("resnet20_imagenet_norm", _SHIFTED, "CIFAR-10, another ResNet-20"),
+        }[network]
+        apply_fn, params = models.load("resnet20", weights=folder / f"{file}.safetensors",
+                                       normalize=normalize)
         file = np.load(folder / "test_0000_0399.npz")
         x, y = file["x"].astype("f4") / np.float32(127.5) - 1, file["y"].astype("i4")
-        bounds, name = (-1.0, 1.0), "CIFAR-10, authors' ResNet-20"
+        bounds = (-1.0, 1.0)
     else:
         apply_fn, params = models.load("resnet20", weights="digits")
         x, y, *_ = data.load("digits")

@@ -10,7 +10,7 @@ import gse_jax
 PUBLIC = [
     "AttackResult", "GSEHyperparams", "GSESettings", "Status", "attack", "attack_stream", "data",
     "differentiable", "differentiable_attack", "evaluation", "implicit_attack", "metrics", "models",
-    "ops", "preset", "report", "use_all_cpu_cores", "use_compilation_cache",
+    "ops", "pareto", "preset", "refine", "report", "use_all_cpu_cores", "use_compilation_cache",
 ]
 
 

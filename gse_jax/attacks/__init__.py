@@ -1,7 +1,7 @@
 """(model function, images) -> adversarials: the attacks, and the engine that runs them."""
 
 from gse_jax.attacks.algorithm import Sample
-from gse_jax.attacks.api import attack, attack_stream, default_domain
+from gse_jax.attacks.api import attack, attack_stream, default_domain, refine
 from gse_jax.attacks.gse import GSEHyperparams, GSESettings
 from gse_jax.attacks.registry import METHODS, preset
 from gse_jax.attacks.runner import Progress, Stretch
@@ -17,4 +17,5 @@ __all__ = [
     "attack_stream",
     "default_domain",
     "preset",
+    "refine",
 ]

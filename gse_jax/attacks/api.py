@@ -1,4 +1,4 @@
-"""The public calls: `attack` for arrays, `attack_stream` for more images than fit in memory."""
+"""The public calls: `attack` for arrays, `refine` for what an attack found, `attack_stream`."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.algorithm import Method, Sample, no_starts
 from gse_jax.attacks.precision import check_precision, confirmed
 from gse_jax.attacks.program import Program, in_graph
+from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
     Progress,
@@ -101,36 +102,74 @@ def attack(
     References:
         arXiv 2311.17434 for method "gse".
     """
-    bounds = validation.check_bounds(bounds)
-    validation.check_lanes(lanes)
-    check_precision(precision)
-    x, y = _as_array("x", x), _as_array("y", y)
-    targeted = targets is not None
-    targets = _as_array("targets", targets) if targeted else None
-    validation.check_images(x, bounds)
-    _check_label_shapes(y, targets, x.shape[0])
-    setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
-                    x.shape[1:], x.dtype, precision)
-    _check_label_values(y, targets, setup.num_classes)
+    call = _Call(params, apply_fn, x, y, targets, bounds, lanes, precision)
+    setup = call.set_up(find_method(method), settings, hyperparams, key)
+    return call.run(setup, no_starts(call.x), progress, method)
 
-    count = x.shape[0]
-    traced = validation.is_traced(params, x, y, targets, setup.hyperparams, setup.key)
-    array = jnp.asarray if traced else np.asarray
-    goal = targets if targeted else np.full(count, -1)
-    samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
-                     np.arange(count, dtype=np.int32), setup.segment(x))
-    arguments = (params, setup.hyperparams, setup.key, samples)
-    if count == 0:
-        outcome = _empty_outcome(setup, samples)
-    elif traced:
-        width = lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
-        outcome = in_graph(setup.program, min(width, count))(*arguments)
-    else:
-        outcome = run(setup.program, *arguments, lanes, progress)
-    outcome = jax.tree.map(jnp.asarray, outcome)
-    if precision != "highest" and count:
-        outcome = confirmed(params, setup.program.apply_fn, outcome, x, y, targets)
-    return AttackResult(*outcome, method=method, preset=setup.preset)
+
+def refine(
+    params,
+    apply_fn: ApplyFn,
+    x,
+    adversarials,
+    y,
+    *,
+    targets=None,
+    objective: str = "patches",
+    max_l2: float | None = None,
+    max_linf: float | None = None,
+    max_evals: int = 200,
+    bounds: Bounds = (0.0, 1.0),
+    lanes: int | None = None,
+    precision: str = "highest",
+    progress: Callable[[Progress], None] | None = None,
+) -> AttackResult:
+    """Make the adversarial images of any attack sparser while they stay adversarial.
+
+    Args:
+        params: as in `attack`.
+        apply_fn: as in `attack`.
+        x: [N, H, W, C] clean images, as in `attack`.
+        adversarials: [N, H, W, C] what an attack made of them, e.g. `result.adversarials`; same
+            dtype as `x`, inside `bounds`.
+        y: [N] int, true labels.
+        targets: [N] int, the classes the attack aimed at; None for an untargeted attack.
+        objective: what shrinks first: "patches" (d_{2,0} with 8 x 8 patches), "pixels", "clusters"
+            or "l2". The result is never worse than the given image in it; the other numbers
+            decide between equals.
+        max_l2: largest l2 norm of `adversarials - x` in the result, in the units of `bounds`; None
+            for none. An image given with a larger one is pulled inside, if that succeeds.
+        max_linf: largest change of a channel of a pixel, likewise.
+        max_evals: gradient evaluations per image.
+        bounds: as in `attack`.
+        lanes: as in `attack`.
+        precision: as in `attack`.
+        progress: as in `attack`.
+
+    Returns:
+        AttackResult. Images that were given unchanged or are not adversarial come back clean, with
+        the status of `attack`; so does an image that could not be pulled inside the caps.
+
+    Raises:
+        TypeError: for a wrong dtype or type of an argument.
+        ValueError: for a wrong shape, range or name; in one line, before anything compiles.
+
+    References:
+        gse_jax's own method; derived in `docs/refinement.md`. It is deterministic.
+    """
+    if isinstance(adversarials, AttackResult):
+        raise TypeError("adversarials must be images [N, H, W, C], got an AttackResult; pass "
+                        "result.adversarials")
+    call = _Call(params, apply_fn, x, y, targets, bounds, lanes, precision)
+    adversarials = _as_array("adversarials", adversarials)
+    validation.check_adversarials(adversarials, call.x, call.bounds)
+    unit = 0.5 * (call.bounds[1] - call.bounds[0])  # the hyperparameters are for range width 2
+    caps = {name: cap / unit for name, cap in (("max_l2", max_l2), ("max_linf", max_linf))
+            if cap is not None}
+    setup = call.set_up(REFINE, RefineSettings(objective=objective, max_evals=max_evals),
+                        RefineHyperparams(**caps), None)
+    setup = setup._replace(preset=f"refine {objective}")
+    return call.run(setup, adversarials, progress, "refine")
 
 
 def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image_shape,
@@ -172,8 +211,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     check_precision(precision)
     image_shape = tuple(image_shape)
     validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
-    setup = _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted,
-                    image_shape, dtype, precision)
+    setup = _set_up(params, apply_fn, find_method(method), settings, hyperparams, bounds, key,
+                    targeted, image_shape, dtype, precision)
 
     def checked():
         for batch in batches:
@@ -187,7 +226,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
             _check_label_shapes(sample.y, targets, sample.x.shape[0])
             _check_label_values(sample.y, targets, setup.num_classes)
             yield Sample(sample.x, sample.y.astype(np.int32), sample.target.astype(np.int32),
-                         sample.sample_id.astype(np.int32), setup.segment(sample.x))
+                         sample.sample_id.astype(np.int32), setup.segment(sample.x),
+                         no_starts(sample.x))
 
     return stream(setup.program, params, setup.hyperparams, setup.key, checked(),
                   image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
@@ -216,9 +256,50 @@ class _Setup(NamedTuple):
     segment: Callable[[Any], Any]  # images [N, H, W, C] -> their superpixels
 
 
-def _set_up(params, apply_fn, method, settings, hyperparams, bounds, key, targeted, image_shape,
+class _Call:
+    """The checked arguments that `attack` and `refine` have in common."""
+
+    def __init__(self, params, apply_fn, x, y, targets, bounds, lanes, precision):
+        self.bounds = validation.check_bounds(bounds)
+        validation.check_lanes(lanes)
+        check_precision(precision)
+        self.params, self.apply_fn = params, apply_fn
+        self.x, self.y = _as_array("x", x), _as_array("y", y)
+        self.targets = None if targets is None else _as_array("targets", targets)
+        self.lanes, self.precision = lanes, precision
+        validation.check_images(self.x, self.bounds)
+        _check_label_shapes(self.y, self.targets, self.x.shape[0])
+
+    def set_up(self, row: Method, settings, hyperparams, key) -> _Setup:
+        setup = _set_up(self.params, self.apply_fn, row, settings, hyperparams, self.bounds, key,
+                        self.targets is not None, self.x.shape[1:], self.x.dtype, self.precision)
+        _check_label_values(self.y, self.targets, setup.num_classes)
+        return setup
+
+    def run(self, setup: _Setup, starts, progress, method) -> AttackResult:
+        x, y, targets, count = self.x, self.y, self.targets, self.x.shape[0]
+        traced = validation.is_traced(self.params, x, y, targets, starts, setup.hyperparams,
+                                      setup.key)
+        array = jnp.asarray if traced else np.asarray
+        goal = np.full(count, -1) if targets is None else targets
+        samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
+                         np.arange(count, dtype=np.int32), setup.segment(x), array(starts))
+        arguments = (self.params, setup.hyperparams, setup.key, samples)
+        if count == 0:
+            outcome = _empty_outcome(setup, samples)
+        elif traced:
+            width = self.lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
+            outcome = in_graph(setup.program, min(width, count))(*arguments)
+        else:
+            outcome = run(setup.program, *arguments, self.lanes, progress)
+        outcome = jax.tree.map(jnp.asarray, outcome)
+        if self.precision != "highest" and count:
+            outcome = confirmed(self.params, setup.program.apply_fn, outcome, x, y, targets)
+        return AttackResult(*outcome, method=method, preset=setup.preset)
+
+
+def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted, image_shape,
             dtype, precision) -> _Setup:
-    row = find_method(method)
     domain = default_domain(image_shape)
     default_settings, default_hyperparams = row.preset(domain, targeted)
     name = f"{domain} {'targeted' if targeted else 'untargeted'}"
@@ -253,7 +334,8 @@ def _as_array(name, value):
     if hasattr(value, "ndim") and hasattr(value, "dtype"):
         return value
     try:
-        return np.asarray(value, np.float32) if name == "x" else np.asarray(value)
+        images = name in ("x", "adversarials")
+        return np.asarray(value, np.float32) if images else np.asarray(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None
 

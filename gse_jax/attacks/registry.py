@@ -13,9 +13,11 @@ from gse_jax.attacks.baselines.sparse_frank_wolfe import SAIF
 from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SPARSE_PGD
 from gse_jax.attacks.baselines.structured_attack import STRATTACK
 from gse_jax.attacks.gse import GSE
+from gse_jax.attacks.refinement import GSE_REFINED
 
 METHODS: dict[str, Method] = {
     "gse": GSE,
+    "gse_refined": GSE_REFINED,
     "pgd": PGD,
     "sigma_zero": SIGMA_ZERO,
     "pgd0": PGD0,

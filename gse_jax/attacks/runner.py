@@ -197,9 +197,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
     if not dealer.stock:
         return
     algorithm = program.algorithm(hyperparams, key)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    segments = jax.ShapeDtypeStruct(dealer.stock[0].segments.shape, jnp.int32)
-    one = Sample(jax.ShapeDtypeStruct(tuple(image_shape), dtype), scalar, scalar, scalar, segments)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
     state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
     queue, unfinished = dealer.deal([0] * len(devices), 2 * width)
     nothing = jax.eval_shape(jax.vmap(algorithm.finish), state.attack)

@@ -86,6 +86,33 @@ def check_images(x, bounds) -> None:
                          "mean/std normalisation inside apply_fn")
 
 
+def check_adversarials(adversarials, x, bounds) -> None:
+    """Refuse adversarial images that do not belong to the images.
+
+    Args:
+        adversarials: what came.
+        x: [N, H, W, C] checked clean images.
+        bounds: (low, high).
+
+    Raises:
+        TypeError: for another dtype than that of `x`.
+        ValueError: for another shape, or values that are not finite and inside `bounds`.
+    """
+    if adversarials.shape != x.shape:
+        raise ValueError(f"adversarials must have the shape of x, {list(x.shape)}, got "
+                         f"{list(adversarials.shape)}")
+    if adversarials.dtype != x.dtype:
+        raise TypeError(f"adversarials must have the dtype of x, {x.dtype}, got "
+                        f"{adversarials.dtype}; use adversarials.astype(x.dtype)")
+    if is_traced(adversarials) or x.shape[0] == 0:
+        return
+    low, high = bounds
+    inside = np.asarray((adversarials >= low) & (adversarials <= high)).all(axis=(1, 2, 3))
+    if not inside.all():
+        raise ValueError(f"adversarials must be finite and inside bounds=({low:g}, {high:g}), image "
+                         f"{int(np.argmin(inside))} is not; clip them first")
+
+
 def check_labels(name, labels, num_images):
     """Refuse labels that are not [N] integers.
 

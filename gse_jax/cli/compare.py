@@ -1,4 +1,4 @@
-"""`gse-jax compare`: the paper's table for many attacks on the same images."""
+"""`gse-jax compare` and `gse-jax pareto`: many attacks on the same images, as table and as front."""
 
 import contextlib
 from pathlib import Path
@@ -13,19 +13,31 @@ def add_commands(commands) -> None:
         commands: what `add_subparsers` returned.
     """
     compare = commands.add_parser("compare", help="the paper's table for many attacks")
-    compare.add_argument("--data", required=True, help=options.DATA)
-    options.add_model(compare, required=True)
-    compare.add_argument("--methods", default="all", metavar="all|LIST",
-                         help="names with commas between (default all)")
+    _add_common(compare, out="gse-compare")
     compare.add_argument("--offsets", help="targeted at label + 1, + 3, ... as 1,3; default "
                                            "untargeted")
     compare.add_argument("--preset", default="gse_paper",
                          help="gse_paper (default: settings of the paper's comparison) or original")
-    compare.add_argument("--limit", type=int, help="take the first N images only")
-    compare.add_argument("--lanes", type=int, help="images worked on at a time")
-    compare.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
-    compare.add_argument("--out", default="gse-compare", help="folder (default gse-compare)")
     compare.set_defaults(run=_compare)
+    front = commands.add_parser("pareto", help="sparsity against the l2 norm: gse_refined under "
+                                               "several caps, other attacks as points")
+    _add_common(front, out="gse-pareto")
+    front.add_argument("--targets", metavar="next|FILE",
+                       help="targeted at label + 1, or at the classes in a file, one a line")
+    front.add_argument("--max-l2", default="inf,3,2,1.5,1,0.75,0.5", metavar="LIST",
+                       help="caps of gse_refined, images of range width 2 (default %(default)s)")
+    front.set_defaults(run=_pareto)
+
+
+def _add_common(parser, *, out):
+    parser.add_argument("--data", required=True, help=options.DATA)
+    options.add_model(parser, required=True)
+    parser.add_argument("--methods", default="all", metavar="all|LIST",
+                        help="names with commas between (default all)")
+    parser.add_argument("--limit", type=int, help="take the first N images only")
+    parser.add_argument("--lanes", type=int, help="images worked on at a time")
+    parser.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
+    parser.add_argument("--out", default=out, help=f"folder (default {out})")
 
 
 def _compare(args):
@@ -57,3 +69,36 @@ def _compare(args):
     print(written[1].read_text(encoding="utf-8"))
     print("seconds per image include compilation")
     print("written: " + ", ".join(map(str, written)))
+
+
+def _pareto(args):
+    import numpy as np
+
+    from gse_jax import data, evaluation, models, report
+
+    options.require_positive("--limit", args.limit)
+    caps = options.numbers("--max-l2", args.max_l2)
+    images = data.load(args.data, limit=args.limit)
+    apply_fn, params = models.load(args.model, weights=args.weights,
+                                   normalize=options.normalization(args.normalize))
+    targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
+    with contextlib.ExitStack() as stack:
+        def progress(method):
+            stack.close()
+            print(f"{method} ...", flush=True)
+            return stack.enter_context(evaluation.display(interval=10.0))
+
+        front = evaluation.pareto(
+            params, apply_fn, images.images, images.labels, targets=targets, max_l2=caps,
+            methods=None if args.methods == "all" else args.methods.split(","), key=args.seed,
+            domain="gse_paper", lanes=args.lanes, progress=progress)
+    folder = Path(args.out)
+    written = report.write_table(front.rows(), folder / "front", left=1)
+    names = np.asarray(front.methods)
+    choose = lambda values: {name: values[names == name] for name in dict.fromkeys(front.methods)}
+    figure = report.front_plot(choose(front.means), choose(front.success_rate == 1.0))
+    written += report.save_figure(figure, folder / "front")
+    np.savez(folder / "front.npz", **{name: np.asarray(value)
+                                      for name, value in front._asdict().items()})
+    print(written[1].read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, (*written, folder / "front.npz"))))

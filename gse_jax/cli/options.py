@@ -1,8 +1,8 @@
 """Options that several commands share, and how their texts become values."""
 
 
-DATA = ("digits, npz:FILE (x uint8 or in [0, 1], y), cifar10:ARCHIVE, folder:PATH, nips2017:FOLDER "
-        "or tfds:NAME:SPLIT")
+DATA = ("digits, npz:FILE (x uint8 or in [0, 1], y), cifar10:ARCHIVE, cifar100:ARCHIVE, "
+        "folder:PATH, nips2017:FOLDER or tfds:NAME:SPLIT; the last three with ,size=224 and ,resize=crop")
 
 
 def add_model(parser, *, required, hint=" (default: what the run says)"):
@@ -74,6 +74,14 @@ def require_positive(name, value):
     """Refuse an integer option below 1."""
     if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def numbers(name, text):
+    """Turn `inf,1.5,1` into a list of numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers such as inf,1.5,1, got {text!r}") from None
 
 
 def integers(name, text):

@@ -2,7 +2,7 @@
 
 from gse_jax.differentiable.boundary import BoundaryResult, implicit_attack
 from gse_jax.differentiable.measures import half_quasinorm, smooth_patch_count
-from gse_jax.differentiable.pareto import Sweep, hyperparam_grid, pareto_set, sweep
+from gse_jax.differentiable.pareto import Sweep, hyperparam_grid, sweep
 from gse_jax.differentiable.unrolled import DifferentiableResult, differentiable_attack
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "half_quasinorm",
     "hyperparam_grid",
     "implicit_attack",
-    "pareto_set",
     "smooth_patch_count",
     "sweep",
 ]

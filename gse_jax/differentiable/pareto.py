@@ -15,7 +15,7 @@ import numpy as np
 from gse_jax.attacks import GSEHyperparams, attack
 from gse_jax.differentiable.arguments import configuration, hashable, problem
 from gse_jax.differentiable.unrolled import run_once
-from gse_jax.metrics import summary
+from gse_jax.metrics import pareto_set, summary
 from gse_jax.types import ApplyFn, Bounds
 
 NUMBERS = ("ACP", "ANC", "l2", "d_{2,0}")
@@ -150,26 +150,6 @@ def _attack_grid(params, samples, tradeoff, grid, *, apply_fn, goal, settings):
                         settings=settings, unrolled=False)
 
     return jax.vmap(search)(grid) if tradeoff is None else jax.vmap(run)(grid, tradeoff)
-
-
-def pareto_set(numbers, eligible=None) -> np.ndarray:
-    """Mark the rows that no other row dominates; all columns are to be small.
-
-    Args:
-        numbers: [G, M]; a row with NaN is never marked.
-        eligible: [G] bool, rows that take part; None for all.
-
-    Returns:
-        [G] bool. A row is dominated if another one is nowhere larger and somewhere smaller; equal
-        rows do not dominate each other.
-    """
-    numbers = np.asarray(numbers, float)
-    eligible = np.ones(len(numbers), bool) if eligible is None else np.asarray(eligible, bool)
-    eligible = eligible & ~np.isnan(numbers).any(1)
-    nowhere_larger = (numbers[:, None] <= numbers[None]).all(-1)
-    somewhere_smaller = (numbers[:, None] < numbers[None]).any(-1)
-    dominates = nowhere_larger & somewhere_smaller & eligible[:, None]
-    return eligible & ~dominates.any(0)
 
 
 def _mean(statistic):

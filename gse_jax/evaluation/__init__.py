@@ -17,6 +17,7 @@ from gse_jax.evaluation.comparison import BUDGETS, Comparison, compare
 from gse_jax.evaluation.durable import StoreError
 from gse_jax.evaluation.evaluator import ENGINES, MismatchError, PreflightError, evaluate
 from gse_jax.evaluation.explanation import PERCENTILES, Explanation, explain
+from gse_jax.evaluation.front import CAPS, Front, pareto
 from gse_jax.evaluation.hosts import parse_shard
 from gse_jax.evaluation.interruption import EXIT_RESUMABLE, Preempted
 from gse_jax.evaluation.plan import AttackPlan, Plan, load_plan
@@ -27,6 +28,7 @@ from gse_jax.evaluation.verification import CaseVerification, Verification, veri
 
 __all__ = [
     "BUDGETS",
+    "CAPS",
     "ENGINES",
     "EXIT_RESUMABLE",
     "PERCENTILES",
@@ -36,6 +38,7 @@ __all__ = [
     "Comparison",
     "Explanation",
     "Finding",
+    "Front",
     "ImageSource",
     "MismatchError",
     "Plan",
@@ -54,6 +57,7 @@ __all__ = [
     "load_run",
     "next_class",
     "open_run",
+    "pareto",
     "parse_shard",
     "predict",
     "run_attack",

@@ -8,6 +8,7 @@ from gse_jax.metrics.clusters import (
     num_clusters,
     num_clusters_host,
 )
+from gse_jax.metrics.dominance import pareto_set
 from gse_jax.metrics.overlap import Overlap, overlap_score, salient_region
 from gse_jax.metrics.protocol import (
     Statistic,
@@ -54,6 +55,7 @@ __all__ = [
     "num_clusters",
     "num_clusters_host",
     "overlap_score",
+    "pareto_set",
     "patch_count",
     "perturbation",
     "resize_map",

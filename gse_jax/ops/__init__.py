@@ -3,10 +3,19 @@
 from gse_jax.ops.binary import project_binary_sphere
 from gse_jax.ops.blocks import average_blocks, expand_blocks, grid_shape
 from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
+from gse_jax.ops.clusters import count_clusters
 from gse_jax.ops.groups import cell_sums, group_soft_threshold
 from gse_jax.ops.losses import cross_entropy, logit_gap, smooth_l0_gradient
 from gse_jax.ops.margin import is_adversarial, margin_loss
-from gse_jax.ops.neighbours import count_patches, dilate, gaussian_blur, gaussian_kernel
+from gse_jax.ops.neighbours import (
+    close_patches,
+    count_patches,
+    dilate,
+    gaussian_blur,
+    gaussian_kernel,
+    largest_in_patches,
+    touched_patches,
+)
 from gse_jax.ops.projections import (
     largest_pixels,
     project_l2_ball,
@@ -41,6 +50,8 @@ __all__ = [
     "average_blocks",
     "capped_simplex_vertex",
     "cell_sums",
+    "close_patches",
+    "count_clusters",
     "count_groups",
     "count_patches",
     "count_prox",
@@ -58,6 +69,7 @@ __all__ = [
     "hard_threshold",
     "is_adversarial",
     "largest_active_tradeoff",
+    "largest_in_patches",
     "largest_pixels",
     "largest_scores",
     "leading_pair",
@@ -76,6 +88,7 @@ __all__ = [
     "superpixel_soft_threshold",
     "superpixel_sums",
     "to_dual",
+    "touched_patches",
     "two_thirds_quasinorm_prox",
     "update_tradeoff",
 ]

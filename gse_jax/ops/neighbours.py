@@ -14,16 +14,20 @@ def _require_window(name, size, height, width):
                          f"use {name} <= {min(height, width)}")
 
 
-def _running_any(mask, size, axis):
-    """Or over windows of `size` along `axis`, without padding, in log2(size) shifts."""
+def _running(combine, values, size, axis):
+    """Combine over windows of `size` along `axis`, without padding, in log2(size) shifts."""
     covered = 1
     while covered < size:
         shift = min(covered, size - covered)
-        length = mask.shape[axis]
-        mask = (lax.slice_in_dim(mask, 0, length - shift, axis=axis)
-                | lax.slice_in_dim(mask, shift, length, axis=axis))
+        length = values.shape[axis]
+        values = combine(lax.slice_in_dim(values, 0, length - shift, axis=axis),
+                         lax.slice_in_dim(values, shift, length, axis=axis))
         covered += shift
-    return mask
+    return values
+
+
+def _running_any(mask, size, axis):
+    return _running(jnp.logical_or, mask, size, axis)
 
 
 def dilate(mask, size):
@@ -96,6 +100,59 @@ def count_patches(mask, patch_size):
     References:
         arXiv 2311.17434, section 4 (definition of d_{2,0}).
     """
+    return jnp.sum(touched_patches(mask, patch_size), dtype=jnp.int32)
+
+
+def touched_patches(mask, patch_size):
+    """Tell which overlapping patches contain a marked pixel.
+
+    Args:
+        mask: [H, W] bool.
+        patch_size: as in `count_patches`.
+
+    Returns:
+        [H - patch_size + 1, W - patch_size + 1] bool, a patch at the place of its first pixel.
+
+    Raises:
+        ValueError: if a patch does not fit into the image.
+    """
     _require_window("patch_size", patch_size, *mask.shape)
-    touched = _running_any(_running_any(mask, patch_size, 0), patch_size, 1)
-    return jnp.sum(touched, dtype=jnp.int32)
+    return _running_any(_running_any(mask, patch_size, 0), patch_size, 1)
+
+
+def close_patches(mask, patch_size):
+    """Mark every pixel that can be marked without touching another patch.
+
+    The morphological closing of the mask by a patch: what gaps and notches it fills costs nothing
+    in d_{2,0}.
+
+    Args:
+        mask: [H, W] bool.
+        patch_size: as in `count_patches`.
+
+    Returns:
+        [H, W] bool, the largest mask that touches exactly the patches that `mask` touches.
+
+    Raises:
+        ValueError: if a patch does not fit into the image.
+    """
+    untouched = jnp.pad(~touched_patches(mask, patch_size), patch_size - 1)
+    return ~_running_any(_running_any(untouched, patch_size, 0), patch_size, 1)
+
+
+def largest_in_patches(values, patch_size):
+    """Return the largest value in each overlapping patch.
+
+    Args:
+        values: [H, W] float.
+        patch_size: as in `count_patches`.
+
+    Returns:
+        [H - patch_size + 1, W - patch_size + 1]. As many of them exceed t as patches are touched by
+        the mask `values > t`.
+
+    Raises:
+        ValueError: if a patch does not fit into the image.
+    """
+    _require_window("patch_size", patch_size, *values.shape)
+    return _running(jnp.maximum, _running(jnp.maximum, values, patch_size, 0), patch_size, 1)

@@ -9,6 +9,7 @@ from gse_jax.report.figures_curves import (
     interpretability_curves,
     success_curves,
 )
+from gse_jax.report.figures_front import front_plot
 from gse_jax.report.figures_panel import Prediction, attack_panel
 from gse_jax.report.page import write_page
 from gse_jax.report.tables import write_table, write_tables
@@ -17,6 +18,7 @@ __all__ = [
     "Prediction",
     "attack_panel",
     "distribution_plots",
+    "front_plot",
     "interpretability_curves",
     "save_figure",
     "success_curves",

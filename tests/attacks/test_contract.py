@@ -23,6 +23,7 @@ from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.attacks.baselines.sparse_frank_wolfe import SAIFSettings
 from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SparsePGDSettings
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
+from gse_jax.attacks.refinement import GSERefinedSettings
 from tests.toy_model import linear_logits, toy
 
 
@@ -48,6 +49,9 @@ class Row(NamedTuple):
 TABLE = {
     "gse": Row(gse_jax.GSESettings(num_runs=4, max_steps=20, phase1_steps=8), targeted=True,
                planted=gse_jax.GSESettings(), planted_hyperparams={"mu": 0.1}),
+    "gse_refined": Row(GSERefinedSettings(num_runs=4, max_steps=20, phase1_steps=8, max_evals=60),
+                       targeted=True, planted=GSERefinedSettings(),
+                       planted_hyperparams={"mu": 0.1}),
     "pgd": Row(PGDSettings(max_steps=20, num_restarts=2), targeted=True),
     "pgd l2": Row(PGDSettings(norm="l2", max_steps=20, random_start=False), targeted=True),
     "sigma_zero": Row(SigmaZeroSettings(max_steps=40), targeted=True,

@@ -89,7 +89,8 @@ def derivatives(fn, transform):
 
 
 @pytest.mark.parametrize("name, layout", [(name, NHWC) for name in VARIANTS] +
-                         [(name, NCHW) for name in NCHW_TOO])
+                         [pytest.param(name, NCHW, marks=pytest.mark.slow if i else [])
+                          for i, name in enumerate(NCHW_TOO)])
 def test_values_and_derivatives_are_unchanged(name, layout):
     options = VARIANTS[name]
     args = operands(options.get("feature_group_count", 1), layout)

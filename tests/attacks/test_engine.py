@@ -10,7 +10,7 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks import attack_stream
-from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.algorithm import Sample, no_starts
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
@@ -55,8 +55,14 @@ def test_order_does_not_matter(expected):
 def test_a_long_queue_equals_single_images(expected):
     """Refill, repeated dealing and the narrow lanes of the tail, over 4 devices."""
     params, apply_fn, x, y = toy()
-    repeat = 40
-    result = ATTACK(params, apply_fn, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat), lanes=64)
+    repeat, widths = 40, set()
+
+    def seen(params, images):
+        widths.add(len(images))
+        return apply_fn(params, images)
+
+    result = ATTACK(params, seen, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat), lanes=64)
+    assert {16, 8} <= widths  # the tail is worked in fewer lanes
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
 
 
@@ -108,7 +114,7 @@ def run_with(loop):
     _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
     algorithm = GSE.bind(settings, hyperparams, targeted=False, bounds=(-1.0, 1.0), key=None)
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
-                     jnp.zeros((6, 0, 0), jnp.int32))
+                     jnp.zeros((6, 0, 0), jnp.int32), no_starts(x))
     lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), 2)
     lanes = jax.tree.map(jnp.asarray, lanes)
     queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))

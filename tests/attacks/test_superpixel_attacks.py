@@ -10,6 +10,7 @@ import pytest
 
 import gse_jax
 from gse_jax.attacks import METHODS, Sample, attack_stream
+from gse_jax.attacks.algorithm import no_starts
 from gse_jax.attacks.baselines import homotopy_search, homotopy_steps
 from gse_jax.attacks.baselines import perturbation_factorization as sapf
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
@@ -44,7 +45,7 @@ def states_of(method, settings, hyperparams, steps):
     segments = METHODS[method].segment(settings, np.asarray(x))
     segments = np.zeros((3, 0, 0), np.int32) if segments is None else segments
     samples = Sample(x, y, jnp.full(3, -1, jnp.int32), jnp.arange(3, dtype=jnp.int32),
-                     jnp.asarray(segments))
+                     jnp.asarray(segments), no_starts(x))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
         s, evaluate(algorithm, lambda x: linear_logits(params, x), s)))
     state = jax.vmap(algorithm.init)(samples)

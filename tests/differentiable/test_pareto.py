@@ -15,7 +15,7 @@ BOUNDS = (-1.0, 1.0)
 def test_pareto_set_keeps_what_nothing_dominates():
     numbers = [[1, 5], [2, 2], [3, 3], [2, 2], [np.nan, 0], [0, 0]]
     np.testing.assert_array_equal(
-        differentiable.pareto_set(numbers, [True] * 5 + [False]),
+        metrics.pareto_set(numbers, [True] * 5 + [False]),
         [True, True, False, True, False, False])
 
 

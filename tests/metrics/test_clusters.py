@@ -6,7 +6,7 @@ import pytest
 from scipy import ndimage
 
 from gse_jax import metrics
-from gse_jax.metrics.clusters import _count_in_graph
+from gse_jax import ops
 
 STRUCTURES = {4: [[0, 1, 0], [1, 1, 1], [0, 1, 0]], 8: [[1] * 3] * 3}
 
@@ -79,7 +79,7 @@ def test_full_empty_spiral_checkers_combs(side, connectivity):
 
 def test_rounds_grow_like_a_logarithm():
     # Passing labels from pixel to pixel takes as many rounds as the path is long, 25,000 here.
-    rounds = [int(_count_in_graph(special_masks(side), 4)[1]) for side in (32, 224)]
+    rounds = [int(ops.count_clusters(special_masks(side), 4)[1]) for side in (32, 224)]
     assert rounds[0] <= 8 and rounds[1] <= 12
 
 

@@ -1,0 +1,288 @@
+"""The refinement: its stages against brute force, and that it never makes an image worse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import Status, metrics, ops
+from gse_jax.attacks.refinement.descent import clip_to_caps, step_to_boundary
+from gse_jax.attacks.refinement.supports import power, propose
+from tests.toy_model import linear_logits, toy
+
+BOUNDS = (-1.0, 1.0)
+
+
+def masks(count=60, height=14, width=17):
+    """Masks from empty to full."""
+    random = np.random.default_rng(0)
+    return [random.random((height, width)) < share for share in np.linspace(0.0, 1.0, count) ** 3]
+
+
+def touched(mask, size):
+    return np.lib.stride_tricks.sliding_window_view(mask, (size, size)).any((2, 3))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_closing_adds_exactly_the_pixels_that_are_free(size):
+    closing = jax.jit(ops.close_patches, static_argnums=1)
+    grown = 0
+    for mask in masks():
+        found = np.asarray(closing(mask, size))
+        patches = touched(mask, size)
+        np.testing.assert_array_equal(np.asarray(ops.touched_patches(mask, size)), patches)
+        np.testing.assert_array_equal(touched(found, size), patches)
+        assert (found >= mask).all()
+        grown += (found > mask).sum()
+        for row, column in np.argwhere(~found)[::7]:  # one pixel more costs a patch
+            more = found.copy()
+            more[row, column] = True
+            assert touched(more, size).sum() > patches.sum()
+    assert (grown > 0) == (size > 1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_level_sets_touch_as_many_patches_as_maxima_exceed_the_level(size):
+    values = np.random.default_rng(1).random((13, 11))
+    largest = np.asarray(ops.largest_in_patches(values, size))
+    for level in (0.0, 0.3, 0.9, 1.0):
+        assert (largest > level).sum() == touched(values > level, size).sum()
+
+
+@pytest.mark.parametrize("moves", [("shrink",), ("relocate",), ("thin",), ("scale",)])
+@pytest.mark.parametrize("fraction", [0.01, 0.3])
+def test_proposals_keep_their_promise(moves, fraction):
+    random = np.random.default_rng(2)
+    make = jax.jit(propose, static_argnames=("moves", "patch_size"))
+    removed = 0
+    for mask in [m for m in masks() if 4 < m.sum() < m.size]:
+        powers = random.random(mask.shape)
+        patches, pixels = touched(mask, 8).sum(), mask.sum()
+        blocked = mask & (random.random(mask.shape) < 0.1)
+        proposal = make(jnp.asarray(powers), jnp.asarray(mask), jnp.asarray(blocked), 0, fraction,
+                        float(patches), float(pixels), 1.0, moves=moves, patch_size=8)
+        support = np.asarray(proposal.support)
+        closed = np.asarray(ops.close_patches(mask, 8))
+        if moves == ("scale",):
+            np.testing.assert_array_equal(support, mask)
+        elif moves == ("thin",):
+            kept = min(np.floor(pixels * (1 - fraction)), pixels - 1)
+            assert support.sum() == max(kept, 1) or (support == (mask & blocked)).all()
+            assert (support <= mask).all()
+        else:
+            wanted = max(min(np.floor(patches * (1 - fraction)), patches - 1), 1)
+            assert touched(support, 8).sum() <= wanted
+            if moves == ("shrink",):
+                assert (support <= closed).all()
+            else:
+                assert not (support & blocked & ~closed).any()
+            np.testing.assert_array_equal(support, np.asarray(ops.close_patches(support, 8)))
+        removed += (closed & ~support).sum()
+    assert removed > 0
+
+
+def test_a_step_reaches_the_boundary_of_a_linear_margin():
+    random = np.random.default_rng(3)
+    gradient = random.normal(size=(9, 9, 3))
+    support = random.random((9, 9)) < 0.4
+    lower, upper = np.full((9, 9, 3), -5.0), np.full((9, 9, 3), 5.0)
+    w = random.normal(size=(9, 9, 3)) * 0.1
+    margin = 0.7 + np.sum(gradient * w * support[..., None])
+    moved = np.asarray(step_to_boundary(w, gradient, margin, support, lower, upper, np.inf, 0.2))
+    assert (moved[~support] == 0.0).all()
+    np.testing.assert_allclose(0.7 + np.sum(gradient * moved), -0.2, atol=1e-12)
+    # The shortest such step: parallel to the gradient on the support.
+    step = (moved - w)[support]
+    np.testing.assert_allclose(step / gradient[support], (step / gradient[support])[0, 0])
+
+
+def test_a_step_leaves_entries_on_their_bounds_alone_and_keeps_the_caps():
+    gradient = np.ones((8, 8, 1))
+    support = np.ones((8, 8), bool)
+    lower, upper = np.full((8, 8, 1), -0.1), np.full((8, 8, 1), 0.1)
+    w = np.zeros((8, 8, 1))
+    w[:4] = -0.1  # cannot move further
+    moved = np.asarray(step_to_boundary(w, gradient, 0.5, support, lower, upper, np.inf, 0.0))
+    np.testing.assert_allclose(moved[:4], -0.1)
+    np.testing.assert_allclose(moved[4:], -0.5 / 32)
+    capped = np.asarray(clip_to_caps(10.0 * moved, lower, upper, 0.3))
+    assert np.sqrt((capped**2).sum()) <= 0.3 * (1 + 1e-12) and (np.abs(capped) <= 0.1).all()
+
+
+def test_power_is_the_largest_first_order_change_inside_the_bounds():
+    random = np.random.default_rng(4)
+    x, gradient = random.uniform(-1, 1, (4, 4, 2)), random.normal(size=(4, 4, 2))
+    best = -np.min([gradient * (-1.0 - x), gradient * (1.0 - x)], axis=0)
+    np.testing.assert_allclose(power(x, gradient, -1.0, 1.0), best.sum(-1))
+
+
+def random_network(key, dtype=jnp.float32, side=20, classes=4):
+    keys = jax.random.split(key, 3)
+    size = side * side * 3
+    params = (jax.random.normal(keys[0], (size, 16), dtype) * 0.1,
+              jax.random.normal(keys[1], (16, classes), dtype))
+    x = jax.random.uniform(keys[2], (6, side, side, 3), dtype, -0.9, 0.9)
+    return params, x, two_layers(params, x).argmax(-1).astype(jnp.int32)
+
+
+def two_layers(params, x):
+    first, second = params
+    return jnp.tanh(x.reshape(x.shape[0], -1) @ first) @ second
+
+
+def fools(params, images, y):
+    return np.asarray(two_layers(params, images).argmax(-1)) != np.asarray(y)
+
+
+def numbers(x, adversarials):
+    measured = metrics.image_metrics(np.asarray(x), np.asarray(adversarials), bounds=BOUNDS)
+    return {"patches": measured.patch_count, "pixels": measured.changed_pixels,
+            "clusters": measured.num_clusters, "l2": measured.l2}
+
+
+@pytest.mark.parametrize("objective", ["patches", "pixels", "clusters", "l2"])
+def test_never_worse_than_what_was_given_over_random_models(objective):
+    """Random networks and dense starts; one compiled program for all."""
+    better = total = 0
+    for seed in range(8):
+        params, x, y = random_network(jax.random.key(seed))
+        given = jnp.clip(x + 0.5 * jnp.sign(jax.random.normal(jax.random.key(99 + seed), x.shape, x.dtype)),
+                         *BOUNDS)
+        fooled = fools(params, given, y)
+        result = gse_jax.refine(params, two_layers, x, given, y, objective=objective, max_evals=40,
+                                bounds=BOUNDS)
+        np.testing.assert_array_equal(result.success, fooled)
+        assert fools(params, result.adversarials, y)[fooled].all()
+        np.testing.assert_array_equal(result.adversarials[~fooled], x[~fooled])
+        before, after = numbers(x, given)[objective], numbers(x, result.adversarials)[objective]
+        assert (after <= before)[fooled].all()
+        better += (after < before)[fooled].sum()
+        total += fooled.sum()
+        assert np.asarray(result.gradient_evals).max() <= 40
+        assert float(jnp.abs(result.adversarials).max()) <= 1.0
+    assert total > 10
+    # A dense start is one cluster already.
+    assert better == 0 if objective == "clusters" else better > 0.5 * total, (better, total)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_result_of_an_attack_becomes_sparser_inside_the_caps(targeted):
+    params, apply_fn, x, y = toy(jnp.float32)
+    targets = (y + 2) % 5 if targeted else None
+    attacked = gse_jax.attack(params, apply_fn, x, y, targets=targets, method="pgd", bounds=BOUNDS)
+    found = np.asarray(attacked.status) == Status.FOUND
+    assert found.sum() >= 3
+    free = gse_jax.refine(params, apply_fn, x, attacked.adversarials, y, targets=targets,
+                          bounds=BOUNDS)
+    norms = numbers(x, attacked.adversarials)["l2"][found]
+    capped = gse_jax.refine(params, apply_fn, x, attacked.adversarials, y, targets=targets,
+                            max_l2=float(norms.max()), max_linf=0.9, bounds=BOUNDS)
+    for result in (free, capped):
+        np.testing.assert_array_equal(np.asarray(result.status)[found], Status.FOUND)
+        after = numbers(x, result.adversarials)
+        assert after["patches"][found].mean() < 0.5 * 169
+        assert result.method == "refine" and result.preset == "refine patches"
+    inside = numbers(x, capped.adversarials)["l2"][found]
+    assert (inside <= norms.max() * (1 + 1e-5)).all()
+    assert np.abs(np.asarray(capped.adversarials - x)).max() <= 0.9 * (1 + 1e-5)
+
+
+def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
+    """Linear model: the smallest l2 norm that fools is known."""
+    random = np.random.default_rng(5)
+    kernel = jnp.asarray(random.normal(size=(192, 2)), jnp.float32)
+    params = (kernel, jnp.zeros(2, jnp.float32))
+    x = jnp.asarray(random.uniform(-0.2, 0.2, (4, 8, 8, 3)), jnp.float32)
+    y = linear_logits(params, x).argmax(-1).astype(jnp.int32)
+    slope = (kernel[:, 0] - kernel[:, 1]).reshape(8, 8, 3)
+    sign = jnp.where(y == 0, -1.0, 1.0).astype(jnp.float32)[:, None, None, None]
+    given = jnp.clip(x + sign * 0.5 * jnp.sign(slope)[None], *BOUNDS)
+    logits = linear_logits(params, x)
+    smallest = np.abs(np.asarray(logits[:, 0] - logits[:, 1])) / float(jnp.linalg.norm(slope))
+    cap = float(np.median(smallest) * 1.05)
+    assert (numbers(x, given)["l2"] > cap).all()
+    result = gse_jax.refine(params, linear_logits, x, given, y, max_l2=cap, bounds=BOUNDS)
+    possible = smallest < cap / 1.02
+    assert possible.any() and (smallest > cap).any()
+    np.testing.assert_array_equal(np.asarray(result.status)[possible], Status.FOUND)
+    np.testing.assert_array_equal(np.asarray(result.status)[smallest > cap], Status.NOT_FOUND)
+    assert (numbers(x, result.adversarials)["l2"] <= cap * (1 + 1e-5)).all()
+    # Least l2 norm, of a linear model: the projection onto the boundary.
+    least = gse_jax.refine(params, linear_logits, x, given, y, objective="l2", bounds=BOUNDS)
+    ratio = numbers(x, least.adversarials)["l2"] / smallest
+    assert (ratio >= 1.0 - 1e-5).all() and (ratio <= 1.1).all()
+
+
+def test_lanes_order_units_and_jit_do_not_matter():
+    params, x, y = random_network(jax.random.key(3), jnp.float64)
+    given = jnp.clip(x + 0.7 * jnp.sign(jax.random.normal(jax.random.key(7), x.shape, x.dtype)),
+                     *BOUNDS)
+    assert fools(params, given, y).sum() >= 2
+
+    def refine(x, given, y, bounds=BOUNDS, **options):
+        return gse_jax.refine(params, two_layers, x, given, y, max_evals=30, max_l2=10.0,
+                              bounds=bounds, **options)
+
+    expected = refine(x, given, y, lanes=4)
+    order = jnp.asarray([3, 0, 5, 1, 4, 2])
+    for result, indices in ((refine(x, given, y, lanes=1), slice(None)),
+                            (refine(x[order], given[order], y[order], lanes=4), order),
+                            (jax.jit(refine)(x, given, y), slice(None))):
+        np.testing.assert_array_equal(result.status, expected.status[indices])
+        np.testing.assert_array_equal(result.gradient_evals, expected.gradient_evals[indices])
+        np.testing.assert_allclose(result.adversarials, expected.adversarials[indices], atol=1e-9)
+
+    # The same images in [0, 1]: caps are in the caller's units.
+    def in_unit_range(params, x):
+        return two_layers(params, 2.0 * x - 1.0)
+
+    unit = gse_jax.refine(params, in_unit_range, (x + 1.0) / 2.0, (given + 1.0) / 2.0, y,
+                          max_evals=30, max_l2=5.0, lanes=4)
+    np.testing.assert_allclose(2.0 * unit.adversarials - 1.0, expected.adversarials, atol=1e-9)
+
+
+def test_states_of_images_that_cannot_be_refined():
+    params, apply_fn, x, y = toy(jnp.float32)
+    given = gse_jax.attack(params, apply_fn, x, y, method="pgd", bounds=BOUNDS).adversarials
+    given = given.at[0].set(jnp.clip(x[0] + 1e-4, *BOUNDS))  # not adversarial
+    given = given.at[1].set(x[1])  # unchanged and classified correctly
+    y = y.at[2].set((y[2] + 1) % 5)
+    given = given.at[2].set(x[2])  # unchanged and misclassified
+    result = gse_jax.refine(params, apply_fn, x, given, y, max_evals=10, bounds=BOUNDS)
+    assert [Status(s) for s in np.asarray(result.status)[:3]] == [
+        Status.NOT_FOUND, Status.NOT_FOUND, Status.ALREADY_MISCLASSIFIED]
+    np.testing.assert_array_equal(result.adversarials[:3], x[:3])
+    empty = gse_jax.refine(params, apply_fn, x[:0], given[:0], y[:0], bounds=BOUNDS)
+    assert empty.adversarials.shape == (0, 20, 20, 3)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(objective="group"), ValueError, "objective='group' must be one of 'patches'"),
+    (dict(max_l2=0.0), ValueError, "max_l2=0 must be > 0"),
+    (dict(max_linf=-1.0), ValueError, "max_linf=-1 must be > 0"),
+    (dict(max_l2=float("nan")), ValueError, "max_l2=nan must be > 0"),
+    (dict(max_evals=0), ValueError, "max_evals=0 must be >= 1"),
+    (dict(adversarials=np.zeros((2, 20, 20, 3), np.float32)), ValueError, "the shape of x"),
+    (dict(adversarials=np.zeros((6, 20, 20, 3))), TypeError, "the dtype of x, float32"),
+    (dict(adversarials=np.full((6, 20, 20, 3), 2.0, np.float32)), ValueError, "image 0 is not"),
+    (dict(adversarials=np.full((6, 20, 20, 3), np.nan, np.float32)), ValueError, "finite"),
+    (dict(adversarials=gse_jax.AttackResult(*[np.zeros(6)] * 6)), TypeError, "result.adversarials"),
+])
+def test_wrong_arguments_get_one_clear_line(change, error, words):
+    params, apply_fn, x, y = toy(jnp.float32)
+    arguments = {"adversarials": x, **change}
+    with pytest.raises(error, match=words) as caught:
+        gse_jax.refine(params, apply_fn, x, y=y, bounds=BOUNDS, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_gse_refined_beats_gse_at_the_published_budget_on_the_toy():
+    params, apply_fn, x, y = toy(jnp.float32)
+    plain = gse_jax.attack(params, apply_fn, x, y, bounds=BOUNDS)
+    refined = gse_jax.attack(params, apply_fn, x, y, method="gse_refined", bounds=BOUNDS)
+    found = np.asarray(plain.success)
+    assert found.any() and np.asarray(refined.success)[found].all()
+    before, after = numbers(x, plain.adversarials), numbers(x, refined.adversarials)
+    assert after["patches"][found].mean() < before["patches"][found].mean()
+    assert np.asarray(refined.gradient_evals)[found].max() <= 362

@@ -1,0 +1,101 @@
+"""The front: what counts, what completes it, and what no other point beats."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import evaluation, metrics, report
+from gse_jax.types import Status
+from tests.toy_model import toy
+
+BOUNDS = (-1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def front():
+    params, apply_fn, x, y = toy(np.float32)
+    y = y.at[1].set((y[1] + 1) % 5)  # misclassified: not attacked
+    caps = (math.inf, 2.0, 0.02)  # the last is too small for most
+    return x, gse_jax.pareto(params, apply_fn, x, y, methods=("gse_refined", "pgd"), max_l2=caps,
+                             bounds=BOUNDS)
+
+
+def test_points_are_the_attacks_and_caps(front):
+    _, points = front
+    assert points.methods == ("gse_refined",) * 3 + ("pgd",)
+    np.testing.assert_array_equal(points.max_l2, [math.inf, 2.0, 0.02, math.inf])
+    assert not points.attacked[1] and points.attacked.sum() == 5
+    assert not points.success[:, 1].any() and np.isnan(points.images[:, 1]).all()
+    np.testing.assert_allclose(points.success_rate, points.success[:, points.attacked].mean(1))
+
+
+def test_a_small_cap_is_completed_by_the_next_larger_one(front):
+    _, points = front
+    assert (points.success[2] >= points.success[1]).all()
+    norms = points.images[..., 2]
+    inside = norms[1] <= 2.0 * (1 + 1e-5)
+    assert inside[points.success[1]].any()
+    beyond = points.success[2] & ~(norms[2] <= 0.02 * (1 + 1e-5))
+    assert beyond.any()
+    np.testing.assert_array_equal(points.images[2][beyond], points.images[1][beyond])
+    assert points.gradient_evals[2] > points.gradient_evals[1]  # both caps are paid for
+
+
+def test_means_and_fronts_are_those_of_the_images(front):
+    _, points = front
+    for g in range(4):
+        of = points.success[g]
+        np.testing.assert_allclose(points.means[g], points.images[g][of].mean(0))
+    complete = points.success_rate == 1.0
+    np.testing.assert_array_equal(points.pareto, metrics.pareto_set(points.means, complete))
+    for i in np.flatnonzero(points.attacked):
+        np.testing.assert_array_equal(points.image_pareto[:, i], metrics.pareto_set(
+            points.images[:, i], points.success[:, i]))
+
+
+def test_rows_and_figure(front, tmp_path):
+    _, points = front
+    rows = points.rows()
+    assert [row["attack"] for row in rows] == ["gse_refined", "gse_refined, l2 <= 2",
+                                               "gse_refined, l2 <= 0.02", "pgd"]
+    assert rows[0]["d_{2,0}"] == points.means[0, 3]
+    figure = report.front_plot({"gse_refined": points.means[:3], "pgd": points.means[3:]},
+                               {"gse_refined": np.ones(3, bool), "pgd": np.zeros(1, bool)})
+    panel = figure.axes[0]
+    np.testing.assert_allclose(panel.lines[1].get_xydata()[0], points.means[3, [2, 3]])
+    assert panel.lines[1].get_label() == "pgd (ASR < 1)"
+    curve = panel.lines[0].get_xdata()
+    assert (np.diff(curve) >= 0).all()
+    assert report.save_figure(figure, tmp_path / "front")[0].stat().st_size > 5000
+
+
+def test_wrong_arguments_are_refused_before_anything_runs():
+    def broken(params, x):
+        raise AssertionError("ran")
+
+    x, y = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="method='nonsense' is unknown"):
+        gse_jax.pareto((), broken, x, y, methods=("gse", "nonsense"))
+    with pytest.raises(ValueError, match="max_l2=.*positive"):
+        gse_jax.pareto((), broken, x, y, methods=("gse_refined",), max_l2=(1.0, 0.0))
+    with pytest.raises(ValueError, match="at least one"):
+        gse_jax.pareto((), broken, x, y, methods=())
+    with pytest.raises(ValueError, match="nothing to draw"):
+        report.front_plot({}, {})
+
+
+def test_gse_refined_in_a_run_directory(tmp_path):
+    """Nested settings and infinite caps survive the plan, the fingerprint and the records."""
+    settings, hyperparams = gse_jax.preset("gse_refined", "cifar10")
+    assert dataclasses.asdict(settings)["max_evals"] == 362 and math.isinf(hyperparams.max_l2)
+    params, apply_fn, x, y = toy(np.float32)
+    run = evaluation.run_attack(params, apply_fn, x[:2], y[:2], method="gse_refined", bounds=BOUNDS,
+                                settings=dataclasses.replace(settings, max_evals=10),
+                                hyperparams=hyperparams)
+    path = evaluation.save_run(run, tmp_path / "run.npz")
+    again = evaluation.load_run(path)
+    assert again.about["hyperparams"]["max_l2"] == math.inf
+    assert set(again.status) <= {Status.FOUND, Status.NOT_FOUND}
