@@ -129,6 +129,7 @@ def test_value_of_a_search_and_of_boosted_runs(targeted):
                 ).any()
 
 
+@pytest.mark.slow
 def test_vmap_over_hyperparams_and_grad_of_grad():
     kernel = 0.05 * jax.random.normal(jax.random.key(0), (192, 16), jnp.float64)
     params = (kernel, jax.random.normal(jax.random.key(1), (16, 4), jnp.float64))

@@ -97,7 +97,7 @@ def test_records_equal_a_plain_attack_and_their_own_images(whole):
 
 
 @pytest.mark.parametrize("options", [
-    {"plan": dataclasses.replace(PLAN, lanes=2)},
+    pytest.param({"plan": dataclasses.replace(PLAN, lanes=2)}, marks=pytest.mark.slow),
     {"plan": dataclasses.replace(PLAN, lanes=4)},
     {"flush_samples": 3, "shard": (0, 2)},
 ], ids=["two devices", "four devices", "shards"])
