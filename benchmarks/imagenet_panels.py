@@ -115,6 +115,8 @@ def main():
     """Measure, print, draw."""
     arguments = results_file.parser(__doc__.splitlines()[0])
     arguments.add_argument("--num", type=int, default=16)
+    arguments.add_argument("--method", default="gse")
+    arguments.add_argument("--untargeted", action="store_true", help="leave out the targeted run")
     arguments.add_argument("--folder", default="imagenet_panels", help="where panels go")
     args = arguments.parse_args()
     gse_jax.use_all_cpu_cores()
@@ -125,9 +127,10 @@ def main():
     num_classes = jax.eval_shape(apply_fn, params, x[:1]).shape[-1]
     folder = Path(tempfile.mkdtemp() if args.smoke else args.folder)
     rows = []
-    for word, targets in (("untargeted", None), ("targeted", (y + OFFSET) % num_classes)):
+    directions = (("untargeted", None), ("targeted", (y + OFFSET) % num_classes))
+    for word, targets in directions[:1 if args.untargeted else 2]:
         run = evaluation.run_attack(params, apply_fn, x, y, targets=targets, ids=ids,
-                                    settings=settings)
+                                    method=args.method, settings=settings)
         evaluation.save_run(run, folder / word / "adversarials.npz")
         for part in ([slice(None)] if first == len(x) else [slice(None), slice(first)]):
             rows.append({"attack": word, "model": name, **numbers_of(run, part)})
@@ -136,7 +139,8 @@ def main():
             "seconds_per_image_with_compilation": run.about["seconds"] / len(x),
             **explained(run, params, apply_fn, folder / word / "panel")}
         results_file.show(rows[-1 if first == len(x) else -2])
-    results_file.write("imagenet_panels", args, rows)
+    suffix = "" if args.method == "gse" else f"_{args.method}"
+    results_file.write(f"imagenet_panels{suffix}", args, rows)
 
 
 if __name__ == "__main__":

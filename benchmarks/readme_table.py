@@ -7,6 +7,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
+from gse_jax import report
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
 REFINEMENT = README.parent / "gse_jax" / "docs" / "refinement.md"
@@ -81,6 +85,18 @@ def refined():
             source(record, "`benchmarks/refinement.py`, 55 correctly classified images")]
 
 
+def draw_front(rows):
+    """Draw the page's figure."""
+    numbers = {}
+    for row in rows:
+        name = row["attack"].split(",")[0]
+        numbers.setdefault(name, []).append([row[k] for k in ("ACP", "ANC", "l2", "d20", "ASR")])
+    numbers = {name: np.asarray(values) for name, values in numbers.items()}
+    figure = report.front_plot({name: v[:, :4] for name, v in numbers.items()},
+                               {name: v[:, 4] == 1.0 for name, v in numbers.items()})
+    figure.savefig(REFINEMENT.parent / "refinement_front.png", dpi=200, metadata={"Software": None})
+
+
 def refinement():
     """Everything measured of the refinement, for its page."""
     heads = {"front": "Untargeted, first 64 CIFAR-10 test images, authors' ResNet-20",
@@ -93,6 +109,9 @@ def refinement():
         path = RESULTS / f"refinement_{part}.json"
         if path.exists():
             record = json.loads(path.read_text())
+            if part == "front":
+                draw_front(record["rows"])
+                lines += ["![d_{2,0}, changed pixels and clusters over the l2 norm](refinement_front.png)", ""]
             lines += [*_attacks(record, head), "",
                       source(record, f"`benchmarks/refinement.py --parts {part}`"), ""]
     return lines

@@ -7,6 +7,7 @@ lanes stay full from one target to the next.
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ class Group(NamedTuple):
         """Return the configuration as plain JSON values, for fingerprint and manifest."""
         return {"method": self.method, "preset": self.preset, "targeted": self.targeted,
                 "settings": dataclasses.asdict(self.settings),
-                "hyperparams": {name: float(value)
+                # JSON knows no infinity: a cap that is none.
+                "hyperparams": {name: float(value) if math.isfinite(value) else str(float(value))
                                 for name, value in self.hyperparams._asdict().items()}}
 
 
@@ -115,7 +117,9 @@ def _group(attack: AttackPlan, image_shape, num_classes, ids) -> Group:
     known = {field.name for field in dataclasses.fields(settings)}
     _check_names("settings", attack.settings, known, attack.method)
     _check_names("hyperparams", attack.hyperparams, hyperparams._fields, attack.method)
-    settings = dataclasses.replace(settings, **attack.settings)
+    settings = dataclasses.replace(settings, **{  # hashable: TOML knows no tuples
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in attack.settings.items()})
     hyperparams = hyperparams._replace(**{k: float(v) for k, v in attack.hyperparams.items()})
     method.check(settings, hyperparams, tuple(image_shape))
     name = attack.name or attack.method

@@ -1,6 +1,6 @@
 """The front: what counts, what completes it, and what no other point beats."""
 
-import dataclasses
+import json
 import math
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 
 import gse_jax
 from gse_jax import evaluation, metrics, report
-from gse_jax.types import Status
+from gse_jax.evaluation.cases import resolve
 from tests.toy_model import toy
 
 BOUNDS = (-1.0, 1.0)
@@ -87,15 +87,13 @@ def test_wrong_arguments_are_refused_before_anything_runs():
         report.front_plot({}, {})
 
 
-def test_gse_refined_in_a_run_directory(tmp_path):
-    """Nested settings and infinite caps survive the plan, the fingerprint and the records."""
-    settings, hyperparams = gse_jax.preset("gse_refined", "cifar10")
-    assert dataclasses.asdict(settings)["max_evals"] == 362 and math.isinf(hyperparams.max_l2)
-    params, apply_fn, x, y = toy(np.float32)
-    run = evaluation.run_attack(params, apply_fn, x[:2], y[:2], method="gse_refined", bounds=BOUNDS,
-                                settings=dataclasses.replace(settings, max_evals=10),
-                                hyperparams=hyperparams)
-    path = evaluation.save_run(run, tmp_path / "run.npz")
-    again = evaluation.load_run(path)
-    assert again.about["hyperparams"]["max_l2"] == math.inf
-    assert set(again.status) <= {Status.FOUND, Status.NOT_FOUND}
+def test_gse_refined_in_a_plan():
+    """Infinite caps and lists survive the fingerprint and the compiled program's key."""
+    plan = evaluation.Plan(data="digits", model="resnet20", weights="digits", attacks=(
+        evaluation.AttackPlan(method="gse_refined", settings={"scales": [2.0]},
+                              hyperparams={"max_l2": 0.5}),
+        evaluation.AttackPlan(method="gse_refined", name="free")))
+    capped, free = resolve(plan, (32, 32, 3), 10, ["0"])
+    assert hash(capped.settings) and capped.settings.scales == (2.0,)
+    assert json.loads(json.dumps(capped.describe(), allow_nan=False))["hyperparams"]["max_l2"] == 0.5
+    assert json.loads(json.dumps(free.describe(), allow_nan=False))["hyperparams"]["max_l2"] == "inf"
