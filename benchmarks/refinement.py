@@ -15,7 +15,6 @@ import numpy as np
 import gse_jax
 import results_file
 from gse_jax import metrics
-from gse_jax.attacks.refinement.settings import DEFAULT_MOVES
 
 CAPS = (math.inf, 3.0, 1.5, 1.0, 0.8, 0.65, 0.55, 0.45)
 RIVALS = {"gse": [{}], "sigma_zero": [{"max_steps": 100}, {"max_steps": 300}, {"max_steps": 1000}],
@@ -23,15 +22,11 @@ RIVALS = {"gse": [{}], "sigma_zero": [{"max_steps": 100}, {"max_steps": 300}, {"
 OTHERS = {"strattack": {}, "fwnucl": {}, "sparse_rs": {}}
 # What is taken away from the default, one at a time.
 ABLATION = {"as shipped": {}, "one walk (blur 3)": {"scales": (3.0,)},
-            "one walk (blur 1)": {"scales": (1.0,)}, "same blur thrice": {"scales": (3.0,) * 3},
+            "three walks, all with blur 3": {"scales": (3.0,) * 3},
             "without relocate": {"moves": ("shrink", "thin")},
             "without thin": {"moves": ("shrink", "relocate")},
             "without shrink": {"moves": ("relocate", "thin")},
-            "thin only": {"moves": ("thin",)},
-            "with a final scale move": {"moves": (*DEFAULT_MOVES["patches"], "scale")},
-            "after GSE's whole search": {"search_runs": 10},
-            "patience off": {"patience": 1.0}, "overshoot 0.05": {"overshoot": 0.05},
-            "overshoot 1": {"overshoot": 1.0}}
+            "after GSE's whole search": {"search_runs": 10}}
 
 
 class Case:

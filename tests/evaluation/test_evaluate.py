@@ -98,7 +98,7 @@ def test_records_equal_a_plain_attack_and_their_own_images(whole):
 
 @pytest.mark.parametrize("options", [
     pytest.param({"plan": dataclasses.replace(PLAN, lanes=2)}, marks=pytest.mark.slow),
-    {"plan": dataclasses.replace(PLAN, lanes=4)},
+    pytest.param({"plan": dataclasses.replace(PLAN, lanes=4)}, marks=pytest.mark.slow),
     {"flush_samples": 3, "shard": (0, 2)},
 ], ids=["two devices", "four devices", "shards"])
 def test_resumed_with_other_lanes_devices_batches_or_shards(whole, tmp_path, options):

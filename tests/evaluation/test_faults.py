@@ -276,6 +276,7 @@ def test_two_writers_at_once(whole, tmp_path, cache):
     same_tables(table(evaluate_small(tmp_path / "run")), table(whole))
 
 
+@pytest.mark.slow  # the path of the full disk
 def test_a_file_that_may_not_grow_is_told_and_nothing_is_lost(whole, tmp_path, cache):
     """RLIMIT_FSIZE stands for a quota: a write ends in the middle of a line."""
     process = start(tmp_path / "run", cache=cache, file_size_limit=30_000)

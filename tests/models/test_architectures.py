@@ -44,6 +44,7 @@ def load(name, tensors, folder, normalize="none"):
     return models.load(name, weights=folder / f"{name}.safetensors", normalize=normalize)
 
 
+@pytest.mark.slow  # `test_torch_goldens.py` compares the same with PyTorch
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_and_input_gradients_equal_numpy(tmp_path, name):
     tensors, forward, size = NETWORKS[name]

@@ -40,7 +40,8 @@ def features_and_oracle(folder, name, size, dtype):
 
 
 # Sizes of which XLA compiles float64 convolutions fast; others take half a minute.
-@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+@pytest.mark.parametrize("name", ["resnet20",
+                                  pytest.param("resnet56", marks=pytest.mark.slow)])
 def test_logits_and_features_equal_numpy_in_float64(tmp_path, name):
     with jax.enable_x64(True):
         logits, features, *expected = features_and_oracle(tmp_path, name, (16, 16), "float64")

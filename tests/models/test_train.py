@@ -23,6 +23,7 @@ def run(digits, seed):
     return list(train.train(8, digits.images, digits.labels, epochs=10, seed=seed, widths=WIDTHS))
 
 
+@pytest.mark.slow
 def test_learns_and_repeats_itself_by_seed(digits, tmp_path):
     digests = []
     for seed in (0, 0, 1):
