@@ -70,7 +70,7 @@ class Case:
         numbers = metrics.image_metrics(self.x, result.adversarials, bounds=self.bounds)
         of = lambda values: float(np.mean(values[fooled])) if fooled.any() else math.nan
         self.rows.append({
-            "model": self.name, "targeted": self.targeted, "attack": label,
+            "model": self.name, "images": len(self.x), "targeted": self.targeted, "attack": label,
             "ASR": float(fooled.mean()), "ACP": of(numbers.changed_pixels),
             "ANC": of(numbers.num_clusters), "l2": of(numbers.l2), "d20": of(numbers.patch_count),
             "gradients": float(np.mean(result.gradient_evals)),

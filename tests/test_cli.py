@@ -118,3 +118,16 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "adversarials.npz").write_text("<html>not found</html>")
     assert cli.main(["explain", str(tmp_path)]) == 2
     assert "is not a run" in capsys.readouterr().err
+
+
+def test_pareto_writes_table_figure_and_arrays(tmp_path, capsys):
+    arguments = ["pareto", "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                 "--limit", "2", "--out", str(tmp_path / "front")]
+    assert cli.main([*arguments, "--methods", "pgd0"]) == 0
+    assert {p.name for p in (tmp_path / "front").iterdir()} == {
+        f"front.{suffix}" for suffix in ("csv", "md", "tex", "png", "pdf", "npz")}
+    with np.load(tmp_path / "front" / "front.npz") as arrays:
+        assert list(arrays["methods"]) == ["pgd0"] and arrays["images"].shape == (1, 2, 4)
+    capsys.readouterr()
+    assert cli.main([*arguments, "--methods", "gse_refined", "--max-l2", "1,x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
