@@ -2,7 +2,7 @@
 
 The device program (`lanes.drain`) works for a bounded number of model calls and returns. Between
 two calls the host stores what is finished, deals the waiting images out to the devices again, and
-in the tail, when fewer images are left than lanes, moves them into fewer lanes. The images
+in the tail, when no image waits, packs the unfinished ones into fewer lanes (`packing.py`). The images
 wait in host memory, so device memory does not grow with their number. Nothing here depends on
 time, so a run repeats itself.
 """
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
-from gse_jax.attacks.lanes import LanesState, Queue, idle_lanes
+from gse_jax.attacks.lanes import Queue, idle_lanes
+from gse_jax.attacks.packing import CPU_TAIL_WIDTH, lanes_to_fill, pack, tail_width
 from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split
 from gse_jax.devices import hint_at_idle_cores
 
@@ -39,15 +40,13 @@ class Progress(NamedTuple):
     lane_evals: int
 
 
-# The tail is worked in ever fewer lanes, each width being one more compilation. Simulated with the
-# evaluations of 400 real images on two devices, widths 8, 4, 2, 1 keep 82 % of the lanes at work for
-# 60 images and 90 % for 400; 16, 4, 1 keep 70 % and 89 %; 8 alone 61 % for 64. Attacks on fewer
-# images than this keep one width. An accelerator stops at 32: a narrower batch does not speed it up.
-_SMALLEST_WIDTH_THAT_SHRINKS = 8
-_NARROWEST_ON_ACCELERATORS = 32
-
-# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed.
+# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. In the tail, where
+# a lane that falls free waits for the host, there are fewer.
 _CALLS = 32
+_CALLS_IN_TAIL = 8
+# Fewer lanes than this are a small job: not worth a remark about idle cores.
+_LARGE_JOB = 4
+_FEW = 32  # images per device up to which a CPU works at the width of the tail from the beginning
 
 
 def default_lanes_per_device(platform: str, height: int, width: int) -> int:
@@ -62,7 +61,7 @@ def default_lanes_per_device(platform: str, height: int, width: int) -> int:
         Power of two.
     """
     if platform == "cpu":
-        return 8 if height * width <= 64 * 64 else 4
+        return 8 if height * width <= 64 * 64 else CPU_TAIL_WIDTH
     # Enough parallel work to fill an accelerator, less for large images, whose activations weigh.
     return int(np.clip(2 ** (20 - int(np.log2(height * width))), 32, 1024))
 
@@ -77,6 +76,9 @@ def _layout(num_images, lanes, image_shape):
     if num_images is not None:
         devices = devices[:num_images]
         share = -(-num_images // len(devices))
+        if devices[0].platform == "cpu" and share <= _FEW:
+            # The width of the tail from the beginning: a compilation less, and 4 % slower.
+            width = tail_width(num_images, CPU_TAIL_WIDTH, len(devices), "cpu")
         # A power of two, so that attacks on 40 and on 60 images share one program.
         width = min(width, 1 << (share - 1).bit_length())
     return devices, width
@@ -134,21 +136,6 @@ def _collect(finished) -> tuple[np.ndarray, Outcome] | None:
                                                            for a in finished.outcome))
 
 
-def _repack(lanes: LanesState, width: int, num_devices: int, sharding) -> LanesState:
-    """Move the occupied lanes into `width` lanes per device, evenly."""
-    sample_id = np.asarray(lanes.sample_id)
-    occupied = np.flatnonzero(sample_id != NO_SAMPLE)
-    source = np.full((num_devices, width), -1)
-    for place, lane in enumerate(occupied):
-        source[place % num_devices, place // num_devices] = lane
-    source = source.reshape(-1)
-    ids = np.where(source >= 0, sample_id[source], NO_SAMPLE).astype(np.int32)
-    # Idle lanes repeat an occupied one, whose state is finite.
-    source = np.where(source >= 0, source, occupied[0])
-    attack = jax.tree.map(lambda a: np.asarray(a)[source], lanes.attack)
-    return jax.device_put(LanesState(attack, ids), sharding)
-
-
 class Stretch(NamedTuple):
     """What one bounded stretch of work brought.
 
@@ -185,13 +172,14 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         Stretch, in the order in which images finish. Every image is in exactly one.
     """
     devices, width = _layout(num_images, lanes, image_shape)
-    if width >= _SMALLEST_WIDTH_THAT_SHRINKS:  # small jobs are not worth a remark
+    if width >= _LARGE_JOB:
         hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
     sharding = split(mesh)
-    calls = max(2, _CALLS * 4096 // max(4096, image_shape[0] * image_shape[1]))
-    params, hyperparams, key, calls = jax.device_put((params, hyperparams, key, np.int32(calls)),
-                                                     replicate(mesh))
+    pixels = max(64 * 64, image_shape[0] * image_shape[1])
+    calls, calls_in_tail = (np.int32(max(2, n * 64 * 64 // pixels)) for n in (_CALLS, _CALLS_IN_TAIL))
+    params, hyperparams, key, calls, calls_in_tail = jax.device_put(
+        (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
     dealer = _Dealer(iter(batches), len(devices), sharding)
     dealer.fill(1)
     if not dealer.stock:
@@ -202,8 +190,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
     queue, unfinished = dealer.deal([0] * len(devices), 2 * width)
     nothing = jax.eval_shape(jax.vmap(algorithm.finish), state.attack)
     nothing = jax.tree.map(lambda a: np.zeros((0, *a.shape[1:]), a.dtype), nothing)
-    may_shrink = width >= _SMALLEST_WIDTH_THAT_SHRINKS
-    narrowest = 1 if devices[0].platform == "cpu" else _NARROWEST_ON_ACCELERATORS
+    parked = None  # images of the tail that wait, half-way, for a lane
     while unfinished:
         advance = on_mesh(program, mesh, capacity=3 * width)
         state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
@@ -217,15 +204,13 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         if min(waiting) == 0 and (dealer.stock or sum(waiting)):
             queue, fresh = dealer.deal(begin, 2 * width)
             unfinished += fresh
-        elif may_shrink and unfinished and not sum(waiting):
-            needed = max(-(-unfinished // len(devices)), narrowest)
-            # Above 16 lanes a quarter, not a half: less is at stake than compilations cost.
-            narrow = width
-            while narrow > 1 and (part := narrow // (4 if narrow > 16 else 2)) >= needed:
-                narrow = part
-            if narrow < width:
+        elif unfinished and not sum(waiting):
+            calls = calls_in_tail
+            narrow = tail_width(unfinished, width, len(devices), devices[0].platform)
+            if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices)):
                 width = narrow
-                state = _repack(state, width, len(devices), sharding)
+                state, parked = pack(state, parked, width, len(devices))
+                state = jax.device_put(state, sharding)
                 queue, _ = dealer.deal(begin, 2 * width)
 
 

