@@ -1,4 +1,4 @@
-"""Write the tables of README and of `docs/refinement.md` from benchmarks/results/*.json.
+"""Write the tables of README, `docs/refinement.md` and `docs/speed.md` from benchmarks/results/*.json.
 
     python benchmarks/readme_table.py
 """
@@ -14,6 +14,7 @@ from gse_jax import report
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
 REFINEMENT = README.parent / "gse_jax" / "docs" / "refinement.md"
+SPEED = REFINEMENT.parent / "speed.md"
 
 
 def parity():
@@ -117,6 +118,67 @@ def refinement():
     return lines
 
 
+def _table(name, columns, script):
+    """A table with one column for each of `columns`: heading -> row -> text."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(text(row) for text in columns.values())} |" for row in record["rows"]]
+    return [*lines, "", source(record, script)]
+
+
+def giving_up():
+    """What the unsafe option saves and costs."""
+    return _table("giving_up", {
+        "first 64 CIFAR-10 test images, authors' ResNet-20":
+            lambda r: "targeted, label + 1" if r["targeted"] else "untargeted",
+        "give_up_window": lambda r: str(r["give_up_window"]), "ASR": lambda r: f"{r['ASR']:.3f}",
+        "ACP": lambda r: f"{r['ACP']:.1f}", "ANC": lambda r: f"{r['ANC']:.2f}",
+        "l2": lambda r: f"{r['l2']:.2f}", "d_{2,0}": lambda r: f"{r['d20']:.1f}",
+        "gradients": lambda r: f"{r['gradients']:.0f}",
+        "forward passes": lambda r: f"{r['forwards']:.0f}"}, "`benchmarks/giving_up.py`")
+
+
+def scaling():
+    """Cost of an image over their number and over devices."""
+    return _table("scaling", {
+        "images of 8 x 8 pixels": lambda r: f"{r['images']:,}",
+        "CPU devices": lambda r: str(r["devices"]),
+        "microseconds per image": lambda r: f"{r['us_per_image']:.0f}",
+        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}"}, "`benchmarks/scaling.py`")
+
+
+def memory():
+    """Peak memory."""
+    return _table("memory", {
+        "images": lambda r: f"{r['images']:,}", "lanes": lambda r: str(r["lanes"]),
+        "pixels": lambda r: f"{r['side']} x {r['side']}",
+        "peak, MiB": lambda r: f"{r['peak_mib']:.0f}",
+        "of which images and results, MiB": lambda r: f"{r['images_mib']:.0f}"},
+        "`benchmarks/memory.py`; the peak is above that of a process with JAX started")
+
+
+def compile_time():
+    """Seconds before the first result."""
+    return _table("compile_time", {
+        f"{name}, s": lambda r, name=name: f"{r[name]:.2f}"
+        for name in ("import", "first call", "second call", "cached")},
+        "`benchmarks/compile_time.py`, ResNet-20, 14 images of 32 x 32 on two CPU devices; `cached` is "
+        "the first call of another process with `gse_jax.use_compilation_cache`")
+
+
+def versus():
+    """Side by side with PyTorch."""
+    columns = {"peer": lambda r: f"{r['peer']} (PyTorch {r['torch']})",
+               "our method": lambda r: r["method"], "images": lambda r: str(r["images"]),
+               "theirs, s per image": lambda r: f"{r['theirs_seconds_per_image']:.2f}",
+               "ours": lambda r: f"{r['ours_seconds_per_image']:.2f}",
+               "ratio": lambda r: f"{r['ratio']:.1f}"}
+    for metric in ("ASR", "ACP", "ANC", "l2", "d20"):
+        columns[f"{metric}, theirs / ours"] = lambda r, metric=metric: (
+            f"{r[f'theirs_{metric}']:.2f} / {r[f'ours_{metric}']:.2f}")
+    return _table("versus", columns, "`benchmarks/versus.py`")
+
+
 def source(record, script):
     """One line that says what was measured where."""
     machine, versions = record["machine"], record["versions"]
@@ -127,7 +189,8 @@ def source(record, script):
 def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
-                        (README, efficiency), (REFINEMENT, refinement)):
+                        (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
+                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time), (SPEED, versus)):
         name = table.__name__
         block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,

@@ -64,6 +64,44 @@ def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
     assert moved > 0.5
 
 
+def test_strattack_leaves_out_only_tests_that_change_nothing():
+    """What is not tested is the clean image, or no shorter than the best one so far."""
+    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30)
+    _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+    x, before = np.asarray(toy()[2]), None
+    tested = left_out = 0
+    for state in states_of("strattack", settings, 160, hyperparams._replace(c=20.0)):
+        y, best = np.asarray(state.blocks.y), np.asarray(state.record.score)
+        size = ((np.clip(x + y, -1.0, 1.0) - x) ** 2).sum((1, 2, 3))
+        could = (size > 0.0) & (size < best)
+        running = (np.asarray(state.run) < 4) & (np.asarray(state.record.status) < 0)
+        testing = np.asarray(state.testing)
+        assert could[running & testing].all()
+        if before is not None:  # a gradient was taken, and the run went on without a test
+            went_on = running & ~before & ~testing & (np.asarray(state.step) > 0)
+            assert not could[went_on].any()
+            left_out += went_on.sum()
+        tested, before = tested + (running & testing).sum(), testing
+    assert tested > 20 and left_out > 20
+
+
+def test_strattack_ends_a_retraining_that_does_not_improve():
+    settings = structured_attack.StrAttackSettings(num_searches=2, max_steps=40,
+                                                   num_retrainings=2, retrain_steps=40,
+                                                   retrain_patience=7)
+    _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+    longest, searched = np.zeros(6, int), np.zeros(6, int)
+    for state in states_of("strattack", settings, 300, hyperparams._replace(c=20.0)):
+        step, since = np.asarray(state.step), np.asarray(state.since)
+        running, again = np.asarray(state.record.status) < 0, np.asarray(state.run) >= 2
+        assert (step - since < 7)[running & again].all() and (since <= step).all()
+        longest = np.where(running & again, np.maximum(longest, step), longest)
+        searched = np.where(running & ~again, np.maximum(searched, step), searched)
+    assert not running.any()
+    assert longest.max() > 7  # a run that improves goes on beyond its patience
+    assert (searched == 39).all()  # the search is not cut short
+
+
 def test_sigma_zero_learning_rate_is_the_cosine():
     for step in (0, 25, 50, 100):
         expected = 0.1 * 2.0 + (2.0 - 0.2) * 0.5 * (1 + math.cos(math.pi * step / 100))
