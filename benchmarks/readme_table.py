@@ -115,7 +115,20 @@ def refinement():
                 lines += ["![d_{2,0}, changed pixels and clusters over the l2 norm](refinement_front.png)", ""]
             lines += [*_attacks(record, head), "",
                       source(record, f"`benchmarks/refinement.py --parts {part}`"), ""]
-    return lines
+    return [*lines, *_imagenet_refined()]
+
+
+def _imagenet_refined():
+    lines = ["| NIPS 2017 at 224 x 224, MobileNet, untargeted | images | ASR | ACP | ANC | l2 | d_{2,0} "
+             "| gradients | forward passes |", "|---|---|---|---|---|---|---|---|---|"]
+    for method, name in (("gse", "imagenet_panels"), ("gse_refined", "imagenet_panels_gse_refined")):
+        record = json.loads((RESULTS / f"{name}.json").read_text())
+        row = record["rows"][0]
+        lines.append(f"| {method} | {row['images']} | {row['ASR']:.3f} | {row['ACP']:.0f} | "
+                     f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
+                     f"{row['evals_per_image']:.0f} | {row['forwards_per_image']:.0f} |")
+    return [*lines, "", source(record, "`benchmarks/imagenet_panels.py --method gse_refined`, the row "
+                                       "of `gse` without it"), ""]
 
 
 def _table(name, columns, script):
@@ -166,19 +179,6 @@ def compile_time():
         "the first call of another process with `gse_jax.use_compilation_cache`")
 
 
-def versus():
-    """Side by side with PyTorch."""
-    columns = {"peer": lambda r: f"{r['peer']} (PyTorch {r['torch']})",
-               "our method": lambda r: r["method"], "images": lambda r: str(r["images"]),
-               "theirs, s per image": lambda r: f"{r['theirs_seconds_per_image']:.2f}",
-               "ours": lambda r: f"{r['ours_seconds_per_image']:.2f}",
-               "ratio": lambda r: f"{r['ratio']:.1f}"}
-    for metric in ("ASR", "ACP", "ANC", "l2", "d20"):
-        columns[f"{metric}, theirs / ours"] = lambda r, metric=metric: (
-            f"{r[f'theirs_{metric}']:.2f} / {r[f'ours_{metric}']:.2f}")
-    return _table("versus", columns, "`benchmarks/versus.py`")
-
-
 def source(record, script):
     """One line that says what was measured where."""
     machine, versions = record["machine"], record["versions"]
@@ -190,7 +190,7 @@ def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
                         (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
-                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time), (SPEED, versus)):
+                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time)):
         name = table.__name__
         block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,

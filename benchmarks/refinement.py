@@ -107,7 +107,8 @@ def network(args):
         case = Case(args, "imagenet_norm", direction)
         case.attack("gse", "gse")
         case.attack("gse_refined")
-        case.attack("gse_refined, l2 <= 0.9", max_l2=1.25 if direction else 0.9)
+        cap = 1.25 if direction else 0.9
+        case.attack(f"gse_refined, l2 <= {cap:g}", max_l2=cap)
         rows += case.rows
     return rows
 

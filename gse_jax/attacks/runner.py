@@ -46,7 +46,7 @@ _CALLS = 32
 _CALLS_IN_TAIL = 8
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
 _LARGE_JOB = 4
-_FEW = 32  # images per device up to which a CPU works at the width of the tail from the beginning
+_FEW = 8  # images per device up to which a CPU works at the width of the tail from the beginning
 
 
 def default_lanes_per_device(platform: str, height: int, width: int) -> int:
@@ -77,7 +77,7 @@ def _layout(num_images, lanes, image_shape):
         devices = devices[:num_images]
         share = -(-num_images // len(devices))
         if devices[0].platform == "cpu" and share <= _FEW:
-            # The width of the tail from the beginning: a compilation less, and 4 % slower.
+            # The width of the tail from the beginning: a compilation less.
             width = tail_width(num_images, CPU_TAIL_WIDTH, len(devices), "cpu")
         # A power of two, so that attacks on 40 and on 60 images share one program.
         width = min(width, 1 << (share - 1).bit_length())

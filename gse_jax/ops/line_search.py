@@ -80,7 +80,9 @@ def advance_line_search(search: LineSearch, loss) -> LineSearch:
     q = 2.0 * (q - r)
     p, q = jnp.where(q > 0.0, -p, p), jnp.abs(q)
     # It is trusted inside the interval, while steps become shorter; else a golden section is made.
-    fits = (jnp.abs(search.before) > least) & (jnp.abs(p) < jnp.abs(0.5 * q * search.before))
+    # Through two points there is no parabola: p and q are rounding, and fused arithmetic leaves some.
+    fits = (best != search.second) & (best != search.third) & (search.second != search.third)
+    fits &= (jnp.abs(search.before) > least) & (jnp.abs(p) < jnp.abs(0.5 * q * search.before))
     fits &= (p > q * (left - best)) & (p < q * (right - best))
     to_vertex = p / jnp.where(fits, q, 1.0)
     larger_part = jnp.where(best < 0.5 * (left + right), right - best, left - best)

@@ -81,3 +81,14 @@ def test_a_flat_function_and_a_nan_stay_inside():
 def test_float32_stays_float32():
     state = ADVANCE(start_line_search(jnp.asarray(0.3, jnp.float32)), jnp.asarray(1.0, jnp.float32))
     assert {str(v.dtype) for v in state} == {"float32", "int32"}
+
+
+def test_two_points_make_a_golden_section_whatever_rounding_does():
+    """No parabola goes through two points; a compiler that fuses p and q leaves noise in them."""
+    for seed in range(20):
+        values = np.random.default_rng(seed).normal(size=3)
+        _, trials, _ = search(lambda t, values=iter(values): next(values), 3)
+        left, right = (0.3819660112501051, 1.0) if values[1] <= values[0] else (0.0, trials[1])
+        best = trials[1] if values[1] <= values[0] else trials[0]
+        larger = right - best if best < 0.5 * (left + right) else left - best
+        np.testing.assert_allclose(trials[2], best + 0.3819660112501051 * larger, rtol=1e-12)
