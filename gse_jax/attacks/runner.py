@@ -205,9 +205,11 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
             queue, fresh = dealer.deal(begin, 2 * width)
             unfinished += fresh
         elif unfinished and not sum(waiting):
-            calls = calls_in_tail
             narrow = tail_width(unfinished, width, len(devices), devices[0].platform)
-            if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices)):
+            # An accelerator parks nothing, and moving its lanes would cost more than idle ones.
+            on_cpu = devices[0].platform == "cpu"
+            calls = calls_in_tail if on_cpu else calls
+            if narrow < width or (on_cpu and lanes_to_fill(state.sample_id, parked, len(devices))):
                 width = narrow
                 state, parked = pack(state, parked, width, len(devices))
                 state = jax.device_put(state, sharding)
