@@ -50,7 +50,8 @@ class Evaluation(NamedTuple):
     Attributes:
         logits: [K].
         loss: [] the attack's own loss of these logits.
-        gradient: [H, W, C] gradient of the loss at the point; zeros if no lane asked for one.
+        gradient: [H, W, C] gradient of the loss at the point, or what `Algorithm.direction` makes of
+            it; zeros if no lane asked for one.
     """
 
     logits: jax.Array  # [K] float
@@ -83,6 +84,11 @@ class Algorithm(NamedTuple):
             every one does. A call in which no lane does is a forward pass only. So that lanes ask
             together, new images are loaded only into calls where all lanes at work ask for what a
             new image asks for.
+        hinged: the loss is never below zero and its gradient is zero where the loss is. Calls are
+            then forward passes, followed by the gradient for those lanes alone whose loss is not
+            zero: worth it for attacks that spend most evaluations beyond the boundary.
+        direction: gradient [H, W, C] -> [H, W, C], what `step` receives in its place; for work on the
+            gradient that would be in vain in forward passes. Not finite where the gradient is not.
     """
 
     init: Callable[[Sample], Any]
@@ -92,6 +98,8 @@ class Algorithm(NamedTuple):
     done: Callable[[Any], jax.Array]
     finish: Callable[[Any], Outcome]
     wants_gradient: Callable[[Any], jax.Array] | None = None
+    hinged: bool = False
+    direction: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Bind(Protocol):

@@ -10,8 +10,9 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import attack_stream
+from gse_jax.attacks import METHODS, attack_stream
 from gse_jax.attacks.algorithm import Sample, no_starts
+from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
@@ -110,18 +111,22 @@ def test_nan_away_from_the_clean_image_never_becomes_a_success():
     np.testing.assert_array_equal(result.adversarials, x)
 
 
-def run_with(loop):
+def bound(method, settings, **hyperparams):
+    default = gse_jax.preset(method, "cifar10", targeted=False)[1]._replace(**hyperparams)
+    return METHODS[method].bind(settings, default, targeted=False, bounds=(-1.0, 1.0), key=None)
+
+
+def run_with(loop, algorithm=bound("gse", GSESettings(num_runs=2, max_steps=6, phase1_steps=3)),
+             num_lanes=2):
     params, apply_fn, x, y = toy()
-    settings = GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
-    _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
-    algorithm = GSE.bind(settings, hyperparams, targeted=False, bounds=(-1.0, 1.0), key=None)
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
                      jnp.zeros((6, 0, 0), jnp.int32), no_starts(x))
-    lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), 2)
+    lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), num_lanes)
     lanes = jax.tree.map(jnp.asarray, lanes)
     queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))
     evaluate_fn = jax.jit(lambda s: evaluate(algorithm, lambda x: apply_fn(params, x), s))
-    _, _, finished, calls = drain(algorithm, evaluate_fn, lanes, queue, capacity=8, loop=loop)
+    _, _, finished, calls = drain(algorithm, evaluate_fn, lanes, queue,
+                                  capacity=6 + num_lanes, loop=loop)
     order = jnp.argsort(finished.sample_id[:6])
     return jax.tree.map(lambda a: a[order], finished.outcome), int(calls[0])
 
@@ -134,6 +139,31 @@ def test_the_three_loops_agree():
     for loop in (while_loop, checkpointed_scan(calls), checkpointed_scan(calls + 30)):
         outcome, _ = run_with(loop)
         same(outcome, reference)
+
+
+@pytest.mark.parametrize("num_lanes", [2, 6])
+def test_a_hinged_attack_takes_only_gradients_that_are_not_zero(num_lanes):
+    """The images are those with a gradient in every call, but for the last bit of fused sums."""
+    settings = StrAttackSettings(num_searches=4, max_steps=30, num_retrainings=2, retrain_steps=20)
+    algorithm = bound("strattack", settings, c=20.0)
+    assert algorithm.hinged
+    rows = []  # of gradient calls: their sizes, as they run
+
+    def counted(algorithm):
+        def gradient_direction(gradient):
+            jax.debug.callback(lambda _: rows.append(1), gradient[0, 0, 0])
+            return gradient
+        return algorithm._replace(direction=gradient_direction)
+
+    plain, _ = run_with(while_loop, counted(algorithm._replace(hinged=False)), num_lanes)
+    jax.effects_barrier()
+    num_plain, _ = len(rows), rows.clear()
+    hinged, _ = run_with(while_loop, counted(algorithm), num_lanes)
+    jax.effects_barrier()
+    same(hinged, plain, atol=1e-14)
+    np.testing.assert_array_equal(hinged.forward_evals, plain.forward_evals)
+    assert int(plain.success.sum()) >= 5
+    assert int(hinged.gradient_evals.sum()) <= len(rows) < 0.7 * num_plain
 
 
 def test_scan_that_is_too_short_stops_early():

@@ -145,13 +145,15 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         ce = cross_entropy(logits, wanted_label(state.sample, targeted))
         return ce if targeted else -ce
 
+    def vertex(gradient):
+        radius = jnp.asarray(hyperparams.radius, gradient.dtype)
+        found = nuclear_group_vertex(gradient * scale, settings.patch_size, radius)
+        return jnp.where(jnp.all(jnp.isfinite(gradient)), found, jnp.nan)
+
     def step(state: FWnuclState, evaluation) -> FWnuclState:
         zero = jnp.zeros((), state.w.dtype)
         at_iterate = ~state.searching
         success = is_success(state.record, state.sample, evaluation, targeted)
-        vertex = nuclear_group_vertex(evaluation.gradient * scale, settings.patch_size,
-                                      zero + hyperparams.radius)
-
         search = advance_line_search(state.search, evaluation.loss)
         search = select(at_iterate, state.search, search)
         found = state.searching & (search.count >= settings.num_trials)
@@ -161,7 +163,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return FWnuclState(
             sample=state.sample,
             w=jnp.where(found, tried(state, search.best), state.w),
-            vertex=jnp.where(at_iterate, vertex, state.vertex),
+            vertex=jnp.where(at_iterate, evaluation.gradient, state.vertex),
             search=select(found, start_line_search(guess), search),
             searching=~found,
             step=state.step + found.astype(jnp.int32),
@@ -172,7 +174,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record),
-                     wants_gradient=lambda state: ~state.searching)
+                     wants_gradient=lambda state: ~state.searching, direction=vertex)
 
 
 FWNUCL = Method(bind=bind, preset=preset, check=check)

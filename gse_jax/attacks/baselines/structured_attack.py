@@ -21,7 +21,9 @@ Differs from the reference:
     y. An image is not scaled by the size of its batch, as in the GSE paper's code; the retraining
     step is the original's. Without a success there is no support, and no retraining. y is tested only
     where that could change something, so not while it is zero or longer than the best one: the same
-    result with 3840 forward passes per CIFAR-10 image instead of 4800. A run of the retraining, which
+    result with 3840 forward passes per CIFAR-10 image instead of 4800. The margin's gradient, zero beyond
+    the boundary, where 87 % of its points lie, is taken only at the others, after a forward pass that
+    tells; both passes are counted. A run of the retraining, which
     lowers the norm on a given support, ends early when it does not improve on the best image for a while,
     as runs of Carlini and Wagner's attack do (`retrain_patience`; 0 for the published length).
 """
@@ -205,6 +207,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         params = type(hyperparams)(*(jnp.asarray(h, state.c.dtype) for h in hyperparams))
         again, limits = retraining(state), box(state.sample, params)
         tests = state.testing | again
+        sloped = ~state.testing & (evaluation.loss != 0.0)
         here = point(state)
         score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
         better = is_success(state.record, state.sample, evaluation, targeted) & (
@@ -237,12 +240,13 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             since=since,
             best_c=jnp.where(better, state.c, state.best_c),
             record=note(state.record, state.sample, evaluation, here, score, last,
-                        targeted=targeted, took_gradient=~state.testing))
+                        targeted=targeted, took_gradient=sloped,
+                        passes=1 + sloped.astype(jnp.int32)))
         return select(ended, begin_run(moved, settings, params, limits, scale), moved)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record, state.best_c),
-                     wants_gradient=lambda state: ~state.testing)
+                     wants_gradient=lambda state: ~state.testing, hinged=True)
 
 
 def begin_run(state: StrAttackState, settings, params, limits, scale) -> StrAttackState:
