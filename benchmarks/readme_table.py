@@ -154,10 +154,24 @@ def giving_up():
 def scaling():
     """Cost of an image over their number and over devices."""
     return _table("scaling", {
-        "images of 8 x 8 pixels": lambda r: f"{r['images']:,}",
+        "network": lambda r: r["network"], "images": lambda r: f"{r['images']:,}",
         "CPU devices": lambda r: str(r["devices"]),
         "microseconds per image": lambda r: f"{r['us_per_image']:.0f}",
-        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}"}, "`benchmarks/scaling.py`")
+        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
+        "memory added, MiB": lambda r: f"{r['more_mib']:.0f}"},
+        "`benchmarks/scaling.py`; `small` on images of 8 x 8 pixels in 64 lanes per device")
+
+
+def versus():
+    """Side by side with PyTorch attacks."""
+    both = lambda key, form: lambda r: f"{form(r['theirs_' + key])} / {form(r['ours_' + key])}"
+    one, two = "{:.1f}".format, "{:.2f}".format
+    return _table("versus", {
+        "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`",
+        "seconds per image": both("seconds_per_image", "{:.3f}".format),
+        "ratio": lambda r: one(r["ratio"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
+        "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)},
+        "`benchmarks/versus.py`, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
 
 
 def memory():
@@ -190,7 +204,7 @@ def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
                         (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
-                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time)):
+                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time), (SPEED, versus)):
         name = table.__name__
         block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,

@@ -4,17 +4,58 @@
 
 Small images (8 x 8) and a small network, so that 100,000 of them are attacked in minutes and what
 is measured is the engine: 100 ... 100,000 images on all cores, then 20,000 on 1 ... 8 CPU devices
-(more devices than cores share the cores; the total must not get worse). Each row is a process of
-its own; the time is that of the second call, without compilation.
+(more devices than cores share the cores; the total must not get worse). Then real CIFAR-10 images,
+tiled, and ResNet-20 in a short attack: 400, 20,000 and again 400, so that a drift of the machine
+shows. Each row is a process of its own; the time is that of a second call, without compilation.
 """
 
 import json
+import resource
 import subprocess
 import sys
 import time
 
 COUNTS, SMOKE_COUNTS = (100, 1_000, 10_000, 100_000), (50,)
 DEVICES, SMOKE_DEVICES = (1, 2, 4, 8), (2,)
+REAL_COUNTS, SMOKE_REAL_COUNTS = (400, 20_000, 400), (3,)
+
+
+def peak_mib():
+    """The largest memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(attack, count, **row):
+    """Print the row of one call."""
+    import jax
+
+    before, start = peak_mib(), time.perf_counter()
+    result = jax.block_until_ready(attack())
+    seconds = time.perf_counter() - start
+    print(json.dumps(row | {"us_per_image": seconds / count * 1e6,
+                            "evals_per_image": float(result.gradient_evals.mean()),
+                            "more_mib": peak_mib() - before}))
+
+
+def measure_real(count, devices):
+    """The same with ResNet-20, default lanes and a short attack."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    import numpy as np
+    import results_file
+
+    import gse_jax
+
+    params, apply_fn, x, y, bounds, name = results_file.network_and_images(400)
+    x, y = (np.resize(a, (count, *a.shape[1:])) for a in (np.asarray(x), np.asarray(y)))
+    settings = gse_jax.GSESettings(num_runs=2, num_boosted_runs=0, max_steps=8, phase1_steps=4)
+
+    def attack(end=count):
+        return gse_jax.attack(params, apply_fn, x[:end], y[:end], settings=settings, bounds=bounds)
+
+    attack(100)
+    timed(attack, count, network=name, images=count, devices=devices)
 
 
 def measure(count, devices):
@@ -40,18 +81,15 @@ def measure(count, devices):
                                    patch_size=4)
     lanes = 64 * devices
     gse_jax.attack(params, apply_fn, x[:4 * lanes], y[:4 * lanes], settings=settings, lanes=lanes)
-    start = time.perf_counter()
-    result = gse_jax.attack(params, apply_fn, x, y, settings=settings, lanes=lanes)
-    jax.block_until_ready(result)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"images": count, "devices": devices, "us_per_image": seconds / count * 1e6,
-                      "evals_per_image": float(result.gradient_evals.mean())}))
+    timed(lambda: gse_jax.attack(params, apply_fn, x, y, settings=settings, lanes=lanes), count,
+          network="small", images=count, devices=devices)
 
 
 def main():
     """Measure and print."""
     if sys.argv[1:2] == ["--process"]:
-        measure(*map(int, sys.argv[2:]))
+        kind, count, devices = sys.argv[2:]
+        (measure_real if kind == "real" else measure)(int(count), int(devices))
         return
     import os
 
@@ -59,8 +97,10 @@ def main():
 
     args = results_file.parser(__doc__.splitlines()[0]).parse_args()
     counts, devices = (SMOKE_COUNTS, SMOKE_DEVICES) if args.smoke else (COUNTS, DEVICES)
-    cases = [(count, os.cpu_count()) for count in counts]
-    cases += [(max(counts) // 5, number) for number in devices]
+    cases = [("small", count, os.cpu_count()) for count in counts]
+    cases += [("small", max(counts) // 5, number) for number in devices]
+    cases += [("real", count, os.cpu_count())
+              for count in (SMOKE_REAL_COUNTS if args.smoke else REAL_COUNTS)]
     rows = []
     for case in cases:
         done = subprocess.run([sys.executable, __file__, "--process", *map(str, case)], check=True,

@@ -139,8 +139,8 @@ def _gradients_where(needed, evaluate_fn, states):
                 gradients.at[lanes].set(part, mode="drop"))
 
     shape = jax.eval_shape(evaluate_fn, states).gradient
-    return lax.while_loop(lambda carry: jnp.any(carry[0]), take,
-                          (needed, jnp.zeros(shape.shape, shape.dtype)))[1]
+    return while_loop(lambda carry: jnp.any(carry[0]), take,
+                      (needed, jnp.zeros(shape.shape, shape.dtype)))[1]
 
 
 def _in_step(algorithm: Algorithm, lanes, queue, at_work):

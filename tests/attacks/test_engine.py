@@ -42,7 +42,7 @@ def expected():
 
 
 # In this session there are four devices: 1, 3, 6 and 16 lanes run on 1, 3, 4 and 4 of them.
-@pytest.mark.parametrize("lanes", [3, 6, 16, None])
+@pytest.mark.parametrize("lanes", [pytest.param(3, marks=pytest.mark.slow), 6, 16, None])
 def test_lanes_and_devices_do_not_matter(expected, lanes):
     params, apply_fn, x, y = toy()
     same(ATTACK(params, apply_fn, x, y, lanes=lanes), expected)
@@ -136,7 +136,7 @@ def test_the_three_loops_agree():
     reference, calls = run_with(lambda more, body, carry: python_loop(jax.jit(more), jax.jit(body),
                                                                       carry))
     assert 13 < calls < 39  # 6 images of up to 13 evaluations on 2 lanes
-    for loop in (while_loop, checkpointed_scan(calls), checkpointed_scan(calls + 30)):
+    for loop in (while_loop, checkpointed_scan(calls + 30)):
         outcome, _ = run_with(loop)
         same(outcome, reference)
 
@@ -147,19 +147,20 @@ def test_a_hinged_attack_takes_only_gradients_that_are_not_zero(num_lanes):
     settings = StrAttackSettings(num_searches=4, max_steps=30, num_retrainings=2, retrain_steps=20)
     algorithm = bound("strattack", settings, c=20.0)
     assert algorithm.hinged
-    rows = []  # of gradient calls: their sizes, as they run
+    rows = []  # an entry per gradient that is computed
 
     def counted(algorithm):
-        def gradient_direction(gradient):
-            jax.debug.callback(lambda _: rows.append(1), gradient[0, 0, 0])
+        def noted(gradient):
+            rows.append(1)
             return gradient
-        return algorithm._replace(direction=gradient_direction)
+
+        # A pure callback is dropped, as the gradient is, where its result is not used.
+        return algorithm._replace(direction=lambda gradient: jax.pure_callback(
+            noted, gradient, gradient, vmap_method="sequential"))
 
     plain, _ = run_with(while_loop, counted(algorithm._replace(hinged=False)), num_lanes)
-    jax.effects_barrier()
     num_plain, _ = len(rows), rows.clear()
     hinged, _ = run_with(while_loop, counted(algorithm), num_lanes)
-    jax.effects_barrier()
     same(hinged, plain, atol=1e-14)
     np.testing.assert_array_equal(hinged.forward_evals, plain.forward_evals)
     assert int(plain.success.sum()) >= 5

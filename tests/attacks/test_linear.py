@@ -45,8 +45,10 @@ def smallest_l2(params, x, y, targets, support):
     return min(sides)
 
 
-@pytest.mark.parametrize("num_images, shape", [(1, (12, 12, 3)), (3, (9, 14, 1)), (8, (16, 11, 3))])
-@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("num_images, shape, targeted", [
+    (1, (12, 12, 3), False), (3, (9, 14, 1), True), (8, (16, 11, 3), False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (1, (12, 12, 3), True), (3, (9, 14, 1), False), (8, (16, 11, 3), True)))])
 def test_success_near_the_optimum_of_the_chosen_support(num_images, shape, targeted):
     params, x, y = problem(num_images, shape, seed=num_images)
     targets = (y + 1) % CLASSES if targeted else None
@@ -79,7 +81,8 @@ def test_the_planted_weak_group_is_the_one_that_is_found():
         assert not (w != 0).any(-1)[:, ~around].any()
 
 
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.0, 255.0), (-3.0, -1.0)])
+@pytest.mark.parametrize("bounds", [
+    pytest.param((0.0, 1.0), marks=pytest.mark.slow), (0.0, 255.0), (-3.0, -1.0)])
 def test_another_range_gives_the_same_relative_perturbation(bounds):
     params, x, y = problem(3, (10, 10, 3), seed=7)
     low, high = bounds

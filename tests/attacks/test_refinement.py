@@ -143,7 +143,8 @@ def numbers(x, adversarials):
             "clusters": measured.num_clusters, "l2": measured.l2}
 
 
-@pytest.mark.parametrize("objective", ["patches", "pixels", "clusters", "l2"])
+@pytest.mark.parametrize("objective", [
+    "patches", "l2", *(pytest.param(o, marks=pytest.mark.slow) for o in ("pixels", "clusters"))])
 def test_never_worse_than_what_was_given_over_random_models(objective):
     """Random networks and dense starts; one compiled program for all."""
     better = total = 0
@@ -168,7 +169,7 @@ def test_never_worse_than_what_was_given_over_random_models(objective):
     assert better == 0 if objective == "clusters" else better > 0.5 * total, (better, total)
 
 
-@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("targeted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_result_of_an_attack_becomes_sparser_inside_the_caps(targeted):
     params, apply_fn, x, y = toy(jnp.float32)
     targets = (y + 2) % 5 if targeted else None
@@ -290,7 +291,7 @@ def test_gse_refined_beats_gse_at_the_published_budget_on_the_toy():
     assert np.asarray(refined.gradient_evals)[found].max() <= 362
 
 
-@pytest.mark.parametrize("max_evals", [2, 9])
+@pytest.mark.parametrize("max_evals", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_the_budget_is_never_exceeded_and_a_larger_one_finds_more(max_evals):
     """GSE's share included: with a small step GSE needs many steps to its first success."""
     params, apply_fn, x, y = toy(jnp.float32)

@@ -158,6 +158,7 @@ def hungry_logits(params, x):
     return small_logits(params, x) + 0 * memory[1].astype(x.dtype)
 
 
+@pytest.mark.slow  # the same path runs with an error of the same kind above
 def test_a_real_out_of_memory_halves_lanes_and_batches(whole, tmp_path):
     run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=36), model=(
         hungry_logits, model()[1]))

@@ -49,6 +49,7 @@ def finish(*processes):
 
 
 # The session has four devices; test_evaluate.py resumes on two and four of them.
+@pytest.mark.slow
 def test_eight_devices(whole, tmp_path, cache):
     finish(start(tmp_path / "run", devices=8, lanes=16, cache=cache))
     run = same_runs(tmp_path / "run", whole)

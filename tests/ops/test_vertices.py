@@ -22,8 +22,8 @@ def test_capped_simplex_vertex_against_all_vertices():
     assert not ops.capped_simplex_vertex(jnp.ones((3, 3)), 2).any()
 
 
-@pytest.mark.parametrize("shape", [(40, 4, 4), (7, 3, 32, 32), (5, 6, 3)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("shape, dtype", [((40, 4, 4), jnp.float32), ((7, 3, 32, 32), jnp.float32),
+                                          ((5, 6, 3), jnp.float64)])
 def test_leading_pair_against_a_dense_svd(shape, dtype):
     matrices = np.random.default_rng(1).normal(size=shape) * 1e-12  # tiny gradients too
     sigma, u, v = ops.leading_pair(jnp.asarray(matrices, dtype))
