@@ -151,15 +151,25 @@ def giving_up():
         "forward passes": lambda r: f"{r['forwards']:.0f}"}, "`benchmarks/giving_up.py`")
 
 
-def scaling():
+def scaling_small():
     """Cost of an image over their number and over devices."""
-    return _table("scaling", {
+    return scaling("small")
+
+
+def scaling_real():
+    """The same with ResNet-20."""
+    return scaling("real")
+
+
+def scaling(part):
+    """Cost of an image over their number and over devices."""
+    return _table(f"scaling_{part}", {
         "network": lambda r: r["network"], "images": lambda r: f"{r['images']:,}",
         "CPU devices": lambda r: str(r["devices"]),
         "microseconds per image": lambda r: f"{r['us_per_image']:.0f}",
         "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
         "memory added, MiB": lambda r: f"{r['more_mib']:.0f}"},
-        "`benchmarks/scaling.py`; `small` on images of 8 x 8 pixels in 64 lanes per device")
+        "`benchmarks/scaling.py`")
 
 
 def versus():
@@ -172,6 +182,15 @@ def versus():
         "ratio": lambda r: one(r["ratio"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
         "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)},
         "`benchmarks/versus.py`, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
+
+
+def lanes():
+    """Efficiency over lanes."""
+    return _table("throughput_cpu_untargeted_lanes", {
+        "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
+        "images per second": lambda r: f"{r['images_per_second']:.2f}",
+        "efficiency": lambda r: f"{r['efficiency']:.2f}"},
+        "`benchmarks/throughput.py --num 64 --lanes 2 8 32`, CIFAR-10, authors' ResNet-20")
 
 
 def memory():
@@ -204,7 +223,7 @@ def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
                         (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
-                        (SPEED, scaling), (SPEED, memory), (SPEED, compile_time), (SPEED, versus)):
+                        (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, memory), (SPEED, lanes), (SPEED, compile_time), (SPEED, versus)):
         name = table.__name__
         block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,

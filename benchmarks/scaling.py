@@ -1,6 +1,6 @@
 """Does the cost of an image stay what it is with many images, and with many devices?
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [--parts small real]
 
 Small images (8 x 8) and a small network, so that 100,000 of them are attacked in minutes and what
 is measured is the engine: 100 ... 100,000 images on all cores, then 20,000 on 1 ... 8 CPU devices
@@ -49,7 +49,7 @@ def measure_real(count, devices):
 
     params, apply_fn, x, y, bounds, name = results_file.network_and_images(400)
     x, y = (np.resize(a, (count, *a.shape[1:])) for a in (np.asarray(x), np.asarray(y)))
-    settings = gse_jax.GSESettings(num_runs=2, num_boosted_runs=0, max_steps=8, phase1_steps=4)
+    settings = gse_jax.GSESettings(num_runs=3, max_steps=25, phase1_steps=10)
 
     def attack(end=count):
         return gse_jax.attack(params, apply_fn, x[:end], y[:end], settings=settings, bounds=bounds)
@@ -95,19 +95,22 @@ def main():
 
     import results_file
 
-    args = results_file.parser(__doc__.splitlines()[0]).parse_args()
+    arguments = results_file.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--parts", nargs="*", choices=("small", "real"), default=("small", "real"))
+    args = arguments.parse_args()
     counts, devices = (SMOKE_COUNTS, SMOKE_DEVICES) if args.smoke else (COUNTS, DEVICES)
     cases = [("small", count, os.cpu_count()) for count in counts]
     cases += [("small", max(counts) // 5, number) for number in devices]
     cases += [("real", count, os.cpu_count())
               for count in (SMOKE_REAL_COUNTS if args.smoke else REAL_COUNTS)]
-    rows = []
-    for case in cases:
-        done = subprocess.run([sys.executable, __file__, "--process", *map(str, case)], check=True,
-                              stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        results_file.show(rows[-1])
-    results_file.write("scaling", args, rows)
+    for part in args.parts:
+        rows = []
+        for case in (case for case in cases if case[0] == part):
+            done = subprocess.run([sys.executable, __file__, "--process", *map(str, case)],
+                                  check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            results_file.show(rows[-1])
+        results_file.write(f"scaling_{part}", args, rows)
 
 
 if __name__ == "__main__":

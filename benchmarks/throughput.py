@@ -121,7 +121,8 @@ def main():
                          **measure(attack, bare, count, lanes)})
             results_file.show(rows[-1])
     word = "targeted" if args.targeted else "untargeted"
-    results_file.write(f"throughput_{jax.default_backend()}_{word}", args, rows)
+    table = "" if args.lanes == ["default"] else "_lanes"
+    results_file.write(f"throughput_{jax.default_backend()}_{word}{table}", args, rows)
 
 
 if __name__ == "__main__":
