@@ -223,7 +223,8 @@ def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
                         (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
-                        (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, memory), (SPEED, lanes), (SPEED, compile_time), (SPEED, versus)):
+                        (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, memory),
+                        (SPEED, lanes), (SPEED, versus), (SPEED, compile_time)):
         name = table.__name__
         block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,

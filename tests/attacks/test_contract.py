@@ -100,7 +100,7 @@ TABLE = {
                                      selection_steps=600)),
 }
 # Variants of one method have rows of their own, "method variant".
-
+#
 # Every row compiles programs of its own, so the quick run takes each method once: variants, and for
 # the compared methods the tests of what the engine does for all alike, are in the slow one.
 ROWS = [pytest.param(row, marks=[pytest.mark.slow] if " " in row else []) for row in TABLE]
@@ -274,6 +274,19 @@ def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
     np.testing.assert_array_equal(result.adversarials[2], x[2])
     keep = np.asarray([0, 1, 3, 4, 5])
     same(*(jax.tree.map(lambda a: a[keep], r) for r in (result, expected)))
+
+
+@pytest.mark.parametrize("row", ["fwnucl", "strattack"])
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_logits_are(row):
+    """Those two do not hand every gradient to their step as it is."""
+    params, apply_fn, x, y = toy()
+
+    def steep(params, images):  # the root's slope at 0 is infinite in one pixel, its value is 0
+        return apply_fn(params, images) + jnp.sqrt(0.0 * images[:, :1, 0, 0])
+
+    result = run(row, params, steep, x, y, lanes=6)
+    np.testing.assert_array_equal(result.status, Status.NON_FINITE)
+    np.testing.assert_array_equal(result.adversarials, x)
 
 
 @pytest.mark.parametrize("row", ENGINE_ROWS)

@@ -19,13 +19,13 @@ Differs from the reference:
     The z-step weighs the three copies equally, as in the paper's eq. (15) (the code counts delta
     twice). Points are clipped into the box before the model sees them, and norms are of the clipped
     y. An image is not scaled by the size of its batch, as in the GSE paper's code; the retraining
-    step is the original's. Without a success there is no support, and no retraining. y is tested only
-    where that could change something, so not while it is zero or longer than the best one: the same
-    result with 3840 forward passes per CIFAR-10 image instead of 4800. The margin's gradient, zero beyond
-    the boundary, where 87 % of its points lie, is taken only at the others, after a forward pass that
-    tells; both passes are counted. A run of the retraining, which
-    lowers the norm on a given support, ends early when it does not improve on the best image for a while,
-    as runs of Carlini and Wagner's attack do (`retrain_patience`; 0 for the published length).
+    step is the original's. Without a success there is no support, and no retraining. Two savings change
+    results by rounding only: y is tested only where that could change something, so not while it is
+    zero or longer than the best one; and the gradient of the margin is zero beyond the boundary, where
+    87 % of the points lie on CIFAR-10 images, so it is taken only at the others, after a forward pass
+    that tells (both passes are counted). A run of the retraining, which lowers the norm on a given
+    support, ends early when it does not improve on the best image for a while, as runs of Carlini and
+    Wagner's attack do (`retrain_patience`; 0 for the published length).
 """
 
 import dataclasses
