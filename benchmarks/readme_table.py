@@ -153,20 +153,21 @@ def giving_up():
 
 def scaling_small():
     """Cost of an image over their number and over devices."""
-    return scaling("small")
+    return scaling("small", {})
 
 
 def scaling_real():
-    """The same with ResNet-20."""
-    return scaling("real")
+    """The same with ResNet-20, beside the bare model."""
+    return scaling("real", {
+        "the same in gradients of the bare model": lambda r: f"{r['bare_gradients_per_image']:.1f}"})
 
 
-def scaling(part):
-    """Cost of an image over their number and over devices."""
+def scaling(part, more):
+    """Cost of an image over their number and over devices, with more columns."""
     return _table(f"scaling_{part}", {
         "network": lambda r: r["network"], "images": lambda r: f"{r['images']:,}",
         "CPU devices": lambda r: str(r["devices"]),
-        "microseconds per image": lambda r: f"{r['us_per_image']:.0f}",
+        "microseconds per image": lambda r: f"{r['us_per_image']:.0f}", **more,
         "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
         "memory added, MiB": lambda r: f"{r['more_mib']:.0f}"},
         "`benchmarks/scaling.py`")

@@ -4,9 +4,11 @@
 
 Small images (8 x 8) and a small network, so that 100,000 of them are attacked in minutes and what
 is measured is the engine: 100 ... 100,000 images on all cores, then 20,000 on 1 ... 8 CPU devices
-(more devices than cores share the cores; the total must not get worse). Then real CIFAR-10 images,
-tiled, and ResNet-20 in a short attack: 400, 20,000 and again 400, so that a drift of the machine
-shows. Each row is a process of its own; the time is that of a second call, without compilation.
+(more devices than cores share the cores; the total must not get worse). Then `attack_stream` with
+ResNet-20 and real CIFAR-10 images, the same 400 again and again, in a shorter attack than the default:
+400, 20,000 and again 400. The bare model is timed between stretches of work, as in `throughput.py`,
+so that the machine's own drift can be told from the attack's. Each row is a process of its own,
+without compilation.
 """
 
 import json
@@ -18,6 +20,7 @@ import time
 COUNTS, SMOKE_COUNTS = (100, 1_000, 10_000, 100_000), (50,)
 DEVICES, SMOKE_DEVICES = (1, 2, 4, 8), (2,)
 REAL_COUNTS, SMOKE_REAL_COUNTS = (400, 20_000, 400), (3,)
+SHORT_RUNS = 6  # runs of GSE's search, about 10 gradients an image; the default takes 160
 
 
 def peak_mib():
@@ -38,24 +41,43 @@ def timed(attack, count, **row):
 
 
 def measure_real(count, devices):
-    """The same with ResNet-20, default lanes and a short attack."""
+    """A stream of real images through ResNet-20 on default lanes; print JSON."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", devices)
     import numpy as np
     import results_file
+    from throughput import Bare, Stopwatch
 
     import gse_jax
+    from gse_jax.attacks.algorithm import Sample
 
     params, apply_fn, x, y, bounds, name = results_file.network_and_images(400)
-    x, y = (np.resize(a, (count, *a.shape[1:])) for a in (np.asarray(x), np.asarray(y)))
-    settings = gse_jax.GSESettings(num_runs=3, max_steps=25, phase1_steps=10)
+    x, y = np.asarray(x), np.asarray(y)
+    settings = gse_jax.GSESettings(num_runs=SHORT_RUNS)
 
-    def attack(end=count):
-        return gse_jax.attack(params, apply_fn, x[:end], y[:end], settings=settings, bounds=bounds)
+    def stretches(end):
+        def batches():
+            for ids in np.split(np.arange(end), range(100, end, 100)):
+                images = ids % len(x)
+                yield Sample(x[images], y[images], np.full(len(ids), -1), ids)
 
-    attack(100)
-    timed(attack, count, network=name, images=count, devices=devices)
+        return gse_jax.attack_stream(params, apply_fn, batches(), image_shape=x.shape[1:],
+                                     settings=settings, bounds=bounds, num_images=count)
+
+    for _ in stretches(min(count, 100)):
+        pass  # compiles
+    bare = Bare(params, apply_fn, x[:64])
+    before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
+    for stretch in stretches(count):
+        watch(stretch)
+        evals += int(stretch.outcome.gradient_evals.sum())
+        found += len(stretch.sample_ids)
+    assert found == count
+    print(json.dumps({"network": name, "images": count, "devices": devices,
+                      "us_per_image": watch.wall / count * 1e6,
+                      "bare_gradients_per_image": watch.model_times / count,
+                      "evals_per_image": evals / count, "more_mib": peak_mib() - before}))
 
 
 def measure(count, devices):

@@ -214,7 +214,8 @@ def _canonical(lhs, rhs, **params):
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],
     )
-    return _from_canonical(out, params)
+    # Without the barrier XLA computes a chain of residual additions once more for every consumer.
+    return _from_canonical(lax.optimization_barrier(out), params)
 
 
 def _pad_config(params):

@@ -91,16 +91,18 @@ def _empty_finished(algorithm: Algorithm, lanes: LanesState, capacity: int) -> F
     return Finished(outcome, jnp.full((capacity,), NO_SAMPLE, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
-def evaluate(algorithm: Algorithm, logits_fn, states) -> Evaluation:
+def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
     """Call the model once, forward and backward, at the points all lanes ask for.
 
     Args:
         algorithm: the attack.
         logits_fn: [L, H, W, C] -> [L, K].
         states: the attack's states, leading axis L.
+        saved: list of arrays or None, to take the backward pass alone: what an earlier call at the
+            same points returned. None in the list is made anew; None for all makes a forward pass.
 
     Returns:
-        Evaluation with leading axis L.
+        (Evaluation with leading axis L, list of arrays that the backward pass needs).
     """
     points = jax.vmap(algorithm.query)(states)
     logits, pullback = jax.vjp(logits_fn, points)
@@ -111,36 +113,58 @@ def evaluate(algorithm: Algorithm, logits_fn, states) -> Evaluation:
         return algorithm.loss(state, logits.astype(points.dtype))
 
     loss, by_logits = jax.vmap(jax.value_and_grad(loss_of))(logits, states)
+    # What is replaced here is dead code, and so is the forward pass once nothing needs it.
+    arrays, tree = jax.tree.flatten((by_logits, pullback))
+    if saved is not None:
+        arrays = [new if old is None else old for new, old in zip(arrays, saved, strict=True)]
+    by_logits, pullback = jax.tree.unflatten(tree, arrays)
     (gradient,) = pullback(by_logits)
     if algorithm.direction is not None:
         gradient = jax.vmap(algorithm.direction)(gradient)
-    return Evaluation(logits.astype(points.dtype), loss, gradient)
+    return Evaluation(logits.astype(points.dtype), loss, gradient), arrays
 
 
-def _gradients_where(needed, evaluate_fn, states):
+def _gradients_where(needed, evaluate_fn, states, saved):
     """Gradients of some lanes, a few of them per call; zeros for the others.
 
     Args:
         needed: [L] bool.
-        evaluate_fn: states with any leading axis -> Evaluation.
+        evaluate_fn: as in `drain`.
         states: the attack's states, leading axis L.
+        saved: what `evaluate_fn` returned beside the evaluation of `states`.
 
     Returns:
         [L, H, W, C].
     """
     num_lanes = needed.shape[0]
-    few = max(1, num_lanes // _PART)
+    few = min(num_lanes, max(2, num_lanes // _PART))  # two: models may treat a batch of one specially
+    part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((few, *a.shape[1:]), a.dtype), states)
+    evaluation, saved_of_part = jax.eval_shape(evaluate_fn, part)
+
+    def taken(array, like, lanes):
+        """The lanes' part of one saved array; None where no axis tells which that is."""
+        if few == num_lanes:
+            return array
+        sizes = enumerate(zip(array.shape, like.shape))
+        changed = [(axis, *pair) for axis, pair in sizes if pair[0] != pair[1]]
+        if [pair for _, *pair in changed] != [[num_lanes, few]]:
+            return None
+        return jnp.take(array, lanes, changed[0][0], mode="clip")
 
     def take(carry):
         needed, gradients = carry
-        (lanes,) = jnp.nonzero(needed, size=few, fill_value=num_lanes)  # beyond the end: dropped
-        part = evaluate_fn(jax.tree.map(lambda a: a.at[lanes].get(mode="clip"), states)).gradient
+        if few == num_lanes:
+            lanes = jnp.arange(num_lanes)
+        else:
+            (lanes,) = jnp.nonzero(needed, size=few, fill_value=num_lanes)  # beyond the end: dropped
+        known = [taken(*arrays, lanes) for arrays in zip(saved, saved_of_part)]
+        evaluation, _ = evaluate_fn(jax.tree.map(lambda a: a.at[lanes].get(mode="clip"), states),
+                                    known if len(saved) == len(saved_of_part) else None)
         return (needed.at[lanes].set(False, mode="drop"),
-                gradients.at[lanes].set(part, mode="drop"))
+                gradients.at[lanes].set(evaluation.gradient, mode="drop"))
 
-    shape = jax.eval_shape(evaluate_fn, states).gradient
-    return while_loop(lambda carry: jnp.any(carry[0]), take,
-                      (needed, jnp.zeros(shape.shape, shape.dtype)))[1]
+    zeros = jnp.zeros((num_lanes, *evaluation.gradient.shape[1:]), evaluation.gradient.dtype)
+    return while_loop(lambda carry: jnp.any(carry[0]), take, (needed, zeros))[1]
 
 
 def _in_step(algorithm: Algorithm, lanes, queue, at_work):
@@ -191,7 +215,7 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
 
     Args:
         algorithm: the attack.
-        evaluate_fn: states with leading axis L -> Evaluation with leading axis L.
+        evaluate_fn: (states, saved=None) -> (Evaluation, saved), see `evaluate`.
         lanes: L lanes, idle or half-way through an image.
         queue: what waits; padding places must hold valid images.
         capacity: F >= L + Q, places for outcomes.
@@ -219,19 +243,21 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
 
     def forward_fn(states):
         # The backward pass of which nothing is used is dead code; the compiler removes it.
-        evaluation = evaluate_fn(states)
-        return evaluation._replace(gradient=jnp.zeros_like(evaluation.gradient))
+        evaluation, saved = evaluate_fn(states)
+        return evaluation._replace(gradient=jnp.zeros_like(evaluation.gradient)), saved
 
     def evaluated(lanes):
         if algorithm.wants_gradient is None:
-            return evaluate_fn(lanes.attack)
+            return evaluate_fn(lanes.attack)[0]
         wants = jax.vmap(algorithm.wants_gradient)(lanes.attack)
         wants &= lanes.sample_id != NO_SAMPLE
         if not algorithm.hinged:
-            return lax.cond(jnp.any(wants), evaluate_fn, forward_fn, lanes.attack)
-        evaluation = forward_fn(lanes.attack)
+            return lax.cond(jnp.any(wants), lambda s: evaluate_fn(s)[0],
+                            lambda s: forward_fn(s)[0], lanes.attack)
+        evaluation, saved = forward_fn(lanes.attack)
         needed = wants & (evaluation.loss != 0.0)  # NaN included
-        return evaluation._replace(gradient=_gradients_where(needed, evaluate_fn, lanes.attack))
+        return evaluation._replace(
+            gradient=_gradients_where(needed, evaluate_fn, lanes.attack, saved))
 
     def body(carry):
         evaluation = evaluated(carry.lanes)

@@ -51,9 +51,9 @@ class Program:
         """Run `lanes.drain` for this attack and model; see there."""
         algorithm = self.algorithm(hyperparams, key)
 
-        def evaluate_fn(params, states):
+        def evaluate_fn(params, states, saved=None):
             with multiplying(self.precision):
-                return evaluate(algorithm, functools.partial(self.apply_fn, params), states)
+                return evaluate(algorithm, functools.partial(self.apply_fn, params), states, saved)
 
         if self.rewrite_convolutions:
             evaluate_fn = canonical_convolutions(evaluate_fn)

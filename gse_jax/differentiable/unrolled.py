@@ -183,7 +183,7 @@ def run_once(params, samples, tradeoff, hyperparams, *, apply_fn, goal: Goal, se
     plain = machine(None, hyperparams.step_size)  # start and step size matter to `step` alone
 
     def evaluate_fn(params, states):
-        return evaluate(plain, functools.partial(apply_fn, params), states)
+        return evaluate(plain, functools.partial(apply_fn, params), states)[0]
 
     if jax.default_backend() == "cpu":
         evaluate_fn = canonical_convolutions(evaluate_fn)

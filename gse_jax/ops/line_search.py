@@ -45,17 +45,18 @@ class LineSearch(NamedTuple):
     count: jax.Array  # [] i32
 
 
-def start_line_search(guess) -> LineSearch:
-    """Begin a search in [0, 1].
+def start_line_search(guess, right=1.0) -> LineSearch:
+    """Begin a search in [0, right].
 
     Args:
-        guess: [] float inside (0, 1), the first point to evaluate.
+        guess: [] float inside (0, right), the first point to evaluate.
+        right: [] float, upper end.
 
     Returns:
         LineSearch.
     """
     zero = jnp.zeros_like(guess)
-    return LineSearch(zero, zero + 1.0, guess, guess, guess, zero, zero, zero, guess, zero, zero,
+    return LineSearch(zero, zero + right, guess, guess, guess, zero, zero, zero, guess, zero, zero,
                       jnp.zeros((), jnp.int32))
 
 

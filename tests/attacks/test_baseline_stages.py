@@ -33,7 +33,7 @@ def states_of(method, settings, steps, hyperparams=None, targeted=False):
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
                      jnp.zeros((6, 0, 0), jnp.int32), no_starts(x))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
-        s, evaluate(algorithm, lambda x: apply_fn(params, x), s)))
+        s, evaluate(algorithm, lambda x: apply_fn(params, x), s)[0]))
     state = jax.vmap(algorithm.init)(samples)
     for _ in range(steps):
         state = advance(state)
@@ -53,7 +53,7 @@ def test_frank_wolfe_on_mask_and_perturbation_stays_inside_and_descends():
 
 
 def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
-    settings = nuclear_frank_wolfe.FWnuclSettings(num_trials=6, stop_at_success=False)
+    settings = nuclear_frank_wolfe.FWnuclSettings(num_trials=3)
     moved = 0
     for state in states_of("fwnucl", settings, 40):
         w = np.asarray(state.w)
@@ -64,9 +64,28 @@ def test_frank_wolfe_in_the_nuclear_ball_stays_inside():
     assert moved > 0.5
 
 
+def test_the_search_of_fwnucl_is_near_and_short_once_an_image_is_adversarial():
+    settings = nuclear_frank_wolfe.FWnuclSettings(num_trials=3)
+    lengths = {False: set(), True: set()}  # of searches without and with a success before them
+    before = None
+    for number, state in enumerate(states_of("fwnucl", settings, 90)):
+        state = jax.tree.map(np.asarray, state)
+        running = state.record.status < 0
+        if before is not None:
+            for i in np.flatnonzero((state.step > before.step) & running):  # one ends, one begins
+                guess = state.search.trial[i]
+                right = min(4.0 * guess, 1.0) if np.isfinite(before.record.score[i]) else 1.0
+                assert state.search.right[i] == right
+                lengths[bool(before.near[i])].add(int(before.search.count[i]) + 1)
+        # Gradients are asked for in every fourth call, by all images that need one.
+        assert number % 4 == 3 or state.searching[running].all()
+        before = state
+    assert lengths == {False: {7}, True: {3}}
+
+
 def test_strattack_leaves_out_only_tests_that_change_nothing():
     """What is not tested is the clean image, or no shorter than the best one so far."""
-    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30)
+    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30, test_interval=1)
     _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
     x, before = np.asarray(toy()[2]), None
     tested = left_out = 0
@@ -83,6 +102,17 @@ def test_strattack_leaves_out_only_tests_that_change_nothing():
             left_out += went_on.sum()
         tested, before = tested + (running & testing).sum(), testing
     assert tested > 20 and left_out > 20
+
+
+def test_strattack_tests_every_third_iteration_once_it_has_an_adversarial_image():
+    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30, test_interval=3)
+    _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+    steps = {False: set(), True: set()}  # tested ones, modulo 3, without and with a success before
+    for state in states_of("strattack", settings, 160, hyperparams._replace(c=20.0)):
+        testing = np.asarray(state.testing & (state.record.status < 0))
+        for i in np.flatnonzero(testing):
+            steps[bool(np.isfinite(state.record.score[i]))].add(int(state.step[i]) % 3)
+    assert steps == {False: {0, 1, 2}, True: {0}}
 
 
 def test_strattack_ends_a_retraining_that_does_not_improve():

@@ -78,7 +78,7 @@ TABLE = {
                           targeted=True),
     "saif": Row(SAIFSettings(num_pixels=12, max_steps=20), targeted=True,
                 planted=SAIFSettings(num_pixels=8)),
-    "fwnucl": Row(FWnuclSettings(max_steps=4, num_trials=5), targeted=True,
+    "fwnucl": Row(FWnuclSettings(max_steps=4, num_trials=2), targeted=True,
                   planted=FWnuclSettings(max_steps=20)),
     "strattack": Row(StrAttackSettings(num_searches=4, max_steps=12, num_retrainings=2,
                                        retrain_steps=6), targeted=True,

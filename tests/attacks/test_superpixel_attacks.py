@@ -47,7 +47,7 @@ def states_of(method, settings, hyperparams, steps):
     samples = Sample(x, y, jnp.full(3, -1, jnp.int32), jnp.arange(3, dtype=jnp.int32),
                      jnp.asarray(segments), no_starts(x))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
-        s, evaluate(algorithm, lambda x: linear_logits(params, x), s)))
+        s, evaluate(algorithm, lambda x: linear_logits(params, x), s)[0]))
     state = jax.vmap(algorithm.init)(samples)
     for _ in range(steps):
         state = advance(state)

@@ -11,9 +11,9 @@ from gse_jax.ops import advance_line_search, start_line_search
 ADVANCE = jax.jit(advance_line_search)
 
 
-def search(loss, num_trials, guess=0.3819660112501051):
+def search(loss, num_trials, guess=0.3819660112501051, right=1.0):
     """(search after each evaluation, trials, values)."""
-    state, states, trials, values = start_line_search(jnp.asarray(guess)), [], [], []
+    state, states, trials, values = start_line_search(jnp.asarray(guess), right), [], [], []
     for _ in range(num_trials):
         trials.append(float(state.trial))
         values.append(float(loss(trials[-1])))
@@ -76,6 +76,15 @@ def test_a_flat_function_and_a_nan_stay_inside():
         states, trials, _ = search(loss, 12)
         assert np.isfinite(trials).all() and 0.0 <= min(trials) and max(trials) <= 1.0
         assert np.isfinite(float(states[-1].best))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_shorter_interval_is_the_same_search_in_other_units(name):
+    loss, right = FUNCTIONS[name], 0.125
+    states, trials, _ = search(loss, 8)
+    short, short_trials, _ = search(lambda t: loss(t / right), 8, right * 0.3819660112501051, right)
+    np.testing.assert_allclose(np.asarray(short_trials) / right, trials, atol=1e-4)
+    np.testing.assert_allclose(short[-1].right / right, states[-1].right, atol=1e-4)
 
 
 def test_float32_stays_float32():

@@ -83,7 +83,7 @@ def is_success(record: Record, sample: Sample, evaluation: Evaluation, targeted:
 
 
 def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, over, *,
-         targeted: bool, took_gradient=True, passes=1) -> Record:
+         targeted: bool, took_gradient=True) -> Record:
     """Enter one evaluation into the record.
 
     Args:
@@ -95,7 +95,6 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
         over: [] bool; the attack has no further plans after this evaluation.
         targeted: direction.
         took_gradient: bool or [] bool; whether the attack asked for the gradient.
-        passes: int or [] int32; forward passes made, that for the gradient included.
 
     Returns:
         Record. Its status is no longer RUNNING when the attack is over, the clean image was
@@ -120,7 +119,7 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
         score=jnp.where(better, score, record.score),
         status=verdict.astype(jnp.int32),
         gradient_evals=record.gradient_evals + jnp.asarray(took_gradient, jnp.int32),
-        forward_evals=record.forward_evals + passes,
+        forward_evals=record.forward_evals + 1,
     )
 
 

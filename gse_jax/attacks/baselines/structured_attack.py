@@ -22,10 +22,13 @@ Differs from the reference:
     step is the original's. Without a success there is no support, and no retraining. Two savings change
     results by rounding only: y is tested only where that could change something, so not while it is
     zero or longer than the best one; and the gradient of the margin is zero beyond the boundary, where
-    87 % of the points lie on CIFAR-10 images, so it is taken only at the others, after a forward pass
-    that tells (both passes are counted). A run of the retraining, which lowers the norm on a given
-    support, ends early when it does not improve on the best image for a while, as runs of Carlini and
-    Wagner's attack do (`retrain_patience`; 0 for the published length).
+    87 % of the points lie on CIFAR-10 images, so it is taken only at the others, from the forward
+    pass that tells. Two more are choices: once an image is adversarial y is tested in every other
+    iteration (`test_interval`; 1 for the published code's), and a run of the retraining, which lowers
+    the norm on a given support, ends early when it does not improve on the best image for a while, as
+    runs of Carlini and Wagner's attack do (`retrain_patience`; 0 for the published length). On 55
+    CIFAR-10 images (authors' ResNet-20) both together make 2027 forward passes of 3813, and the mean
+    of the last objective, with c = 0, is 3.50 where it was 3.27.
 """
 
 import dataclasses
@@ -73,6 +76,8 @@ class StrAttackSettings:
         cell_size: side of the groups, in pixels.
         retrain_patience: iterations without an improvement on the best image after which a run of the
             retraining ends early; 0 for never.
+        test_interval: y is tested in every so many-th iteration of the search once an image is
+            adversarial, >= 1; in every one before that.
     """
 
     num_searches: int = 8
@@ -81,7 +86,8 @@ class StrAttackSettings:
     num_retrainings: int = 8
     retrain_steps: int = 200
     cell_size: int = 2
-    retrain_patience: int = 40
+    retrain_patience: int = 10
+    test_interval: int = 2
 
 
 class StrAttackHyperparams(NamedTuple):
@@ -146,7 +152,7 @@ class StrAttackState(NamedTuple):
 _ORIGINAL = StrAttackHyperparams(c=1.0, gamma=0.5, tau=1.5, rho=3.75, alpha=1.25, radius=1.0)
 PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
     ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400,
-                                    retrain_patience=0),
+                                    retrain_patience=0, test_interval=1),
                   _ORIGINAL)),
     ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
     ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
@@ -163,7 +169,8 @@ def check(settings, hyperparams, image_shape) -> None:
                               StrAttackHyperparams)
     configuration.check_at_least(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
                                             "num_retrainings": 0, "retrain_steps": 1,
-                                            "cell_size": 1, "retrain_patience": 0})
+                                            "cell_size": 1, "retrain_patience": 0,
+                                            "test_interval": 1})
     configuration.check_numbers(hyperparams)
     if settings.cell_size > min(image_shape[:2]):
         raise ValueError(f"settings.cell_size={settings.cell_size} does not fit into images of "
@@ -222,6 +229,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         changed = l2_squared(state.sample, candidate)
         # Of a longer y, or of the clean image, the test would change nothing.
         test_next = ~tests & (changed > 0.0) & (changed < state.record.score)
+        test_next &= jnp.isinf(state.record.score) | (state.step % settings.test_interval == 0)
 
         counted = ~test_next  # the iteration is complete
         length = jnp.where(again, settings.retrain_steps,
@@ -240,8 +248,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             since=since,
             best_c=jnp.where(better, state.c, state.best_c),
             record=note(state.record, state.sample, evaluation, here, score, last,
-                        targeted=targeted, took_gradient=sloped,
-                        passes=1 + sloped.astype(jnp.int32)))
+                        targeted=targeted, took_gradient=sloped))
         return select(ended, begin_run(moved, settings, params, limits, scale), moved)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
