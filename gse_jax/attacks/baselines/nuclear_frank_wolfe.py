@@ -17,8 +17,8 @@ Differs from the reference:
     nuclear norm, which does not. The line search is Brent's, beginning at the last step size; that
     code makes golden sections. Until an image is adversarial the search is in [0, 1]: a search near
     the last step size leaves a quarter of CIFAR-10 images in front of the boundary. Then 4 evaluations
-    near the last step size reach the cross entropy of 20 sections (28 images: 42.3 and 41.1, where
-    that code's search misleads one image, which is never fooled).
+    near the last step size do as well as that code: mean cross entropy of 28 images 39.6, there 39.0
+    with one image that is never fooled.
 """
 
 import dataclasses
