@@ -57,11 +57,9 @@ def foolbox_pgd():
 
 
 def peers():
-    """Name -> (our method, changes of our configuration, function that returns theirs)."""
-    # adv_lib's rho 1, alpha 5, tau 2, gamma 1 are for images in [0, 1], ours for a range width of 2.
-    weights = {"rho": 0.25, "alpha": 1.25, "tau": 1.0, "gamma": 0.25, "radius": 2.0}
+    """Name -> (our method, changes of our settings, function that returns theirs)."""
     return {
-        "adv_lib.str_attack": ("strattack", weights, lambda: adv_lib(
+        "adv_lib.str_attack": ("strattack", {}, lambda: adv_lib(
             "structured_adversarial_attack", "str_attack", initial_const=0.25,
             binary_search_steps=8, max_iterations=200)),
         "adv_lib.sigma_zero": ("sigma_zero", {"max_steps": 100}, lambda: adv_lib(
@@ -96,10 +94,8 @@ def compare(name, method, changes, theirs, model, case, args):
     import gse_jax
 
     params, apply_fn, x, y = case
-    settings, hyperparams = gse_jax.preset(method, "cifar10", targeted=False)
-    weights = {name: value for name, value in changes.items() if name in hyperparams._fields}
-    settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if k not in weights})
-    hyperparams = hyperparams._replace(**weights)
+    settings, _ = gse_jax.preset(method, "cifar10", targeted=False)
+    settings = dataclasses.replace(settings, **changes)
     images = torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))
     labels = torch.from_numpy(np.asarray(y, np.int64))
 
@@ -110,7 +106,7 @@ def compare(name, method, changes, theirs, model, case, args):
 
     def run_ours():
         return np.asarray(gse_jax.attack(params, apply_fn, x, y, method=method, settings=settings,
-                                         hyperparams=hyperparams, key=0).adversarials)
+                                         key=0).adversarials)
 
     run_ours()
     theirs(model, images[:1], labels[:1])
