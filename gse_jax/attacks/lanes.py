@@ -115,8 +115,8 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
     loss, by_logits = jax.vmap(jax.value_and_grad(loss_of))(logits, states)
     # What is replaced here is dead code, and so is the forward pass once nothing needs it.
     arrays, tree = jax.tree.flatten((by_logits, pullback))
-    if saved is not None:
-        arrays = [new if old is None else old for new, old in zip(arrays, saved, strict=True)]
+    if saved is not None and len(saved) == len(arrays):
+        arrays = [new if old is None else old for new, old in zip(arrays, saved)]
     by_logits, pullback = jax.tree.unflatten(tree, arrays)
     (gradient,) = pullback(by_logits)
     if algorithm.direction is not None:
@@ -138,28 +138,24 @@ def _gradients_where(needed, evaluate_fn, states, saved):
     """
     num_lanes = needed.shape[0]
     few = min(num_lanes, max(2, num_lanes // _PART))  # two: models may treat a batch of one specially
-    part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((few, *a.shape[1:]), a.dtype), states)
-    evaluation, saved_of_part = jax.eval_shape(evaluate_fn, part)
+    # An axis belongs to the lanes if it grows by one with them.
+    more = jax.tree.map(lambda a: jax.ShapeDtypeStruct((num_lanes + 1, *a.shape[1:]), a.dtype), states)
+    evaluation, grown = jax.eval_shape(evaluate_fn, more)
 
     def taken(array, like, lanes):
         """The lanes' part of one saved array; None where no axis tells which that is."""
-        if few == num_lanes:
-            return array
-        sizes = enumerate(zip(array.shape, like.shape))
-        changed = [(axis, *pair) for axis, pair in sizes if pair[0] != pair[1]]
-        if [pair for _, *pair in changed] != [[num_lanes, few]]:
+        pairs = enumerate(zip(array.shape, like.shape))
+        changed = [(axis, pair) for axis, pair in pairs if pair[0] != pair[1]]
+        if [pair for _, pair in changed] != [(num_lanes, num_lanes + 1)]:
             return None
         return jnp.take(array, lanes, changed[0][0], mode="clip")
 
     def take(carry):
         needed, gradients = carry
-        if few == num_lanes:
-            lanes = jnp.arange(num_lanes)
-        else:
-            (lanes,) = jnp.nonzero(needed, size=few, fill_value=num_lanes)  # beyond the end: dropped
-        known = [taken(*arrays, lanes) for arrays in zip(saved, saved_of_part)]
+        (lanes,) = jnp.nonzero(needed, size=few, fill_value=num_lanes)  # beyond the end: dropped
+        known = [taken(array, like, lanes) for array, like in zip(saved, grown)]
         evaluation, _ = evaluate_fn(jax.tree.map(lambda a: a.at[lanes].get(mode="clip"), states),
-                                    known if len(saved) == len(saved_of_part) else None)
+                                    known if len(saved) == len(grown) else None)
         return (needed.at[lanes].set(False, mode="drop"),
                 gradients.at[lanes].set(evaluation.gradient, mode="drop"))
 
