@@ -65,8 +65,8 @@ def measure_real(count, devices):
         return gse_jax.attack_stream(params, apply_fn, batches(), image_shape=x.shape[1:],
                                      settings=settings, bounds=bounds, num_images=count)
 
-    for _ in stretches(min(count, 100)):
-        pass  # compiles
+    for _ in stretches(min(count, len(x))):
+        pass  # compiles all widths; fewer images may not come to the narrowest
     bare = Bare(params, apply_fn, x[:64])
     before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
     for stretch in stretches(count):
