@@ -74,7 +74,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             root = _described(archive)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise ValueError(f"weights: {path} is damaged ({error}); fetch it again") from None
     except _Refused as error:
         raise ValueError(f"weights: {path} is refused: {error}") from None
