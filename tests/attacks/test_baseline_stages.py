@@ -85,7 +85,8 @@ def test_the_search_of_fwnucl_is_near_and_short_once_an_image_is_adversarial():
 
 def test_strattack_leaves_out_only_tests_that_change_nothing():
     """What is not tested is the clean image, or no shorter than the best one so far."""
-    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30, test_interval=1)
+    settings = structured_attack.StrAttackSettings(num_searches=4, max_steps=30, test_interval=1,
+                                                   gradient_interval=1)
     _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
     x, before = np.asarray(toy()[2]), None
     tested = left_out = 0
@@ -115,10 +116,55 @@ def test_strattack_tests_every_third_iteration_once_it_has_an_adversarial_image(
     assert steps == {False: {0, 1, 2}, True: {0}}
 
 
+@pytest.mark.parametrize("interval", [1, 3])
+def test_strattack_evaluates_every_so_many_th_iteration_beyond_the_boundary(interval):
+    """A run is that of a plain loop which takes the gradient for zero in between."""
+    settings = structured_attack.StrAttackSettings(num_searches=1, max_steps=40, num_retrainings=0,
+                                                   gradient_interval=interval)
+    _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+    hyperparams = hyperparams._replace(c=20.0)
+    params, apply_fn, x, y = toy()
+
+    def margin(image):
+        logits = apply_fn(params, image)
+        loss = jax.vmap(lambda *a: ops.margin_loss(*a, targeted=False))(logits, y)
+        return loss.sum(), loss
+
+    blocks = structured_attack_steps.Blocks(*(jnp.zeros_like(x),) * 5)
+    limits = jnp.maximum(-1.0 - x, -1.0), jnp.minimum(1.0 - x, 1.0)
+    plain, evaluations, rest = [], np.zeros(6, int), np.zeros(6, int)
+    margin_and_slope = jax.jit(jax.value_and_grad(margin, has_aux=True))
+    move = jax.jit(jax.vmap(lambda b, g, k, *l: structured_attack_steps.admm_step(
+        b, g, k, *l, hyperparams, 2), in_axes=(0, 0, None, 0, 0)))
+    for iteration in range(40):
+        (_, loss), slope = margin_and_slope(jnp.clip(x + blocks.z, -1.0, 1.0))
+        evaluated = rest == 0
+        evaluations += evaluated
+        rest = np.where(evaluated, np.where(loss == 0.0, interval - 1, 0), rest - 1)
+        slope = jnp.where(jnp.asarray(evaluated)[:, None, None, None], 20.0 * slope, 0.0)
+        blocks = move(blocks, slope, jnp.asarray(iteration), *limits)
+        plain.append(jax.tree.map(np.asarray, blocks))
+
+    compared, counts = set(), np.zeros(6, int)  # counts: of evaluations of z
+    running, testing = np.ones(6, bool), np.zeros(6, bool)
+    for state in states_of("strattack", settings, 100, hyperparams):
+        state = jax.tree.map(np.asarray, state)
+        counts += running & ~testing
+        running, testing = state.record.status < 0, state.testing
+        made = state.step + state.testing  # iterations, those included that wait for their test
+        for i in np.flatnonzero(running & (made > 0)):
+            compared.add((i, int(made[i])))
+            for got, expected in zip(state.blocks, plain[made[i] - 1]):
+                np.testing.assert_allclose(got[i], expected[i], atol=1e-12)
+    assert not running.any() and len(compared) >= 6 * 39 / interval
+    np.testing.assert_array_equal(counts, evaluations)
+    assert (evaluations < 40).sum() == (0 if interval == 1 else 6)
+
+
 def test_strattack_ends_a_retraining_that_does_not_improve():
     settings = structured_attack.StrAttackSettings(num_searches=2, max_steps=40,
                                                    num_retrainings=2, retrain_steps=40,
-                                                   retrain_patience=7)
+                                                   retrain_patience=7, gradient_interval=1)
     _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
     longest, searched = np.zeros(6, int), np.zeros(6, int)
     for state in states_of("strattack", settings, 300, hyperparams._replace(c=20.0)):

@@ -42,7 +42,7 @@ def expected():
 
 
 # In this session there are four devices: 1, 3, 6 and 16 lanes run on 1, 3, 4 and 4 of them.
-@pytest.mark.parametrize("lanes", [pytest.param(3, marks=pytest.mark.slow), 6, 16, None])
+@pytest.mark.parametrize("lanes", [6, None, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 16))])
 def test_lanes_and_devices_do_not_matter(expected, lanes):
     params, apply_fn, x, y = toy()
     same(ATTACK(params, apply_fn, x, y, lanes=lanes), expected)
@@ -55,6 +55,7 @@ def test_order_does_not_matter(expected):
     same(result, jax.tree.map(lambda a: a[order], expected))
 
 
+@pytest.mark.slow
 def test_a_long_queue_equals_single_images(expected):
     """Refill, repeated dealing and the narrow lanes of the tail, over 4 devices."""
     params, apply_fn, x, y = toy()
@@ -82,6 +83,7 @@ def test_inside_the_callers_vmap(expected):
     same(jax.tree.map(lambda a: a[:, 0], one), expected)
 
 
+@pytest.mark.slow  # the contract asks it of every method
 def test_poisoned_image_disturbs_no_neighbour(expected):
     params, apply_fn, x, y = toy()
     marker = x[2, 0, 0, 0]
@@ -145,7 +147,7 @@ HINGED = bound("strattack", StrAttackSettings(num_searches=4, max_steps=30, num_
                                               retrain_steps=20), c=20.0)
 
 
-@pytest.mark.parametrize("num_lanes", [3, 6])
+@pytest.mark.parametrize("num_lanes", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_hinged_attack_takes_only_gradients_that_are_not_zero(num_lanes):
     """The images are those with a gradient in every call, but for the last bit of fused sums."""
     algorithm = HINGED
@@ -182,7 +184,8 @@ def without_the_hinge(logits_of):
 
 
 @pytest.mark.parametrize("num_lanes, logits_of, repeats", [
-    (2, toy()[1], False), (8, toy()[1], False), (8, with_merged_axes, True)])
+    pytest.param(2, toy()[1], False, marks=pytest.mark.slow), (8, toy()[1], False),
+    (8, with_merged_axes, True)])
 def test_the_gradients_of_a_hinged_attack_do_not_repeat_its_forward_pass(num_lanes, logits_of, repeats):
     """But for a model whose saved arrays cannot be told apart by lanes; the images are the same."""
     rows = []  # an entry per image of a forward pass

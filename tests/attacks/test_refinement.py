@@ -144,7 +144,7 @@ def numbers(x, adversarials):
 
 
 @pytest.mark.parametrize("objective", [
-    "patches", "l2", *(pytest.param(o, marks=pytest.mark.slow) for o in ("pixels", "clusters"))])
+    "patches", *(pytest.param(o, marks=pytest.mark.slow) for o in ("l2", "pixels", "clusters"))])
 def test_never_worse_than_what_was_given_over_random_models(objective):
     """Random networks and dense starts; one compiled program for all."""
     better = total = 0
@@ -217,6 +217,7 @@ def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     assert (ratio >= 1.0 - 1e-5).all() and (ratio <= 1.1).all()
 
 
+@pytest.mark.slow
 def test_lanes_order_units_and_jit_do_not_matter():
     params, x, y = random_network(jax.random.key(3), jnp.float64)
     given = jnp.clip(x + 0.7 * jnp.sign(jax.random.normal(jax.random.key(7), x.shape, x.dtype)),
@@ -280,6 +281,7 @@ def test_wrong_arguments_get_one_clear_line(change, error, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_gse_refined_beats_gse_at_the_published_budget_on_the_toy():
     params, apply_fn, x, y = toy(jnp.float32)
     plain = gse_jax.attack(params, apply_fn, x, y, bounds=BOUNDS)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gse_jax
 from gse_jax.attacks.gse import GSESettings
@@ -93,6 +94,7 @@ def test_shard_map_by_the_caller():
     np.testing.assert_allclose(sharded.adversarials, plain.adversarials, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_forward_mode_through_the_attack():
     """Forward mode passes through the while loop: how the perturbation moves with mu."""
     params, apply_fn, x, y = toy()
