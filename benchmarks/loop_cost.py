@@ -3,8 +3,8 @@
     python benchmarks/loop_cost.py [--only grouped]
 
 On CPU, XLA brings convolutions into their fast form only outside loops. Rows: kinds of convolutions
-(value and gradient by the image, alone, in a `fori_loop` as JAX writes it, in the same loop rewritten
-by `gse_jax.attacks.convolutions`), small networks of four libraries, and whole attacks per call of
+(value, gradient by the image and a step along it, alone, in a `fori_loop` as JAX writes it, in the
+same loop rewritten by `gse_jax.attacks.convolutions`), small networks of four libraries, and whole attacks per call of
 the model. `as it is` and `rewritten` are multiples of `alone`; `rewritten` should be at most about 1.1.
 
 Times are CPU times with one thread per convolution (the library works with one XLA device per
@@ -99,14 +99,18 @@ def networks(features):
     yield "a scan over layers", (scanned, kernel)
 
 
-def looped(value_and_grad):
-    """The call repeated in a loop, each from where the last one led."""
+def looped(value_and_grad, steps=STEPS):
+    """The call repeated in a loop, each from where the last one led; once and without a loop for None."""
     def body(_, carry):
         total, params, x = carry
         value, gradient = value_and_grad(params, x)
         return total + value, params, x - 1e-6 * gradient
 
-    return lambda params, x: lax.fori_loop(0, STEPS, body, (jnp.float32(0.0), params, x))
+    def repeated(params, x):
+        start = jnp.float32(0.0), params, x
+        return body(0, start) if steps is None else lax.fori_loop(0, steps, body, start)
+
+    return repeated
 
 
 def least_times(functions, args, rounds):
@@ -126,7 +130,8 @@ def compared(value_and_grad, params, x, rounds):
     from gse_jax.attacks.convolutions import canonical_convolutions
 
     alone, loop, rewritten = least_times(
-        [value_and_grad, looped(value_and_grad), looped(canonical_convolutions(value_and_grad))],
+        [looped(value_and_grad, None), looped(value_and_grad),
+         looped(canonical_convolutions(value_and_grad))],
         (params, x), rounds)
     return {"alone_ms": 1e3 * alone, "as it is": loop / STEPS / alone,
             "rewritten": rewritten / STEPS / alone}
@@ -171,7 +176,7 @@ def main():
     arguments = results_file.parser(__doc__.splitlines()[0])
     arguments.add_argument("--only", default="", help="rows whose name contains this")
     args = arguments.parse_args()
-    side, rounds = (8, 1) if args.smoke else (32, 5)
+    side, rounds = (8, 1) if args.smoke else (32, 15)
     rows = []
 
     def add(row):

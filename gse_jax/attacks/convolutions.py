@@ -23,6 +23,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 _CANONICAL = ("NHWC", "HWIO", "NHWC")
+_NHWC = (0, 3, 1, 2)  # its axes of batch, features, height and width
 
 # Groups are merged until a convolution has this many input features: XLA multiplies the zeros of a
 # kernel of 32 x 32 features faster than it loops over narrow groups.
@@ -154,9 +155,10 @@ def _convolution(lhs, rhs, params):
     if params["batch_group_count"] != 1:  # only in gradients by the kernel of grouped convolutions
         return _plain.bind(lhs, rhs, **params)
     groups = params["feature_group_count"]
-    if groups == 1:
-        return _conv.bind(lhs, rhs, **params)
     numbers = params["dimension_numbers"]
+    if groups == 1:
+        pixel = all(rhs.shape[axis] == 1 for axis in numbers.rhs_spec[2:])
+        return (_pointwise if pixel else _conv.bind)(lhs, rhs, **params)
     inputs, channels = numbers.rhs_spec[1], numbers.lhs_spec[1]
     if rhs.shape[inputs] == 1:
         return _depthwise(lhs, rhs, params)
@@ -167,6 +169,30 @@ def _convolution(lhs, rhs, params):
     params = params | {"feature_group_count": 1}
     return jnp.concatenate([_conv.bind(part, _block_diagonal(kernel, merged, numbers), **params)
                             for part, kernel in parts], numbers.out_spec[1])
+
+
+def _pointwise(lhs, rhs, **params):
+    """A kernel of one pixel: pixels that the stride skips, and zeros of the dilation, stay out."""
+    numbers = params["dimension_numbers"]
+    strides, dilation = params["window_strides"], params["lhs_dilation"]
+    plain = params | {"window_strides": (1, 1), "lhs_dilation": (1, 1), "padding": ((0, 0), (0, 0))}
+    if dilation == (1, 1) and strides != (1, 1):
+        steps = [1] * 4
+        for axis, stride in zip(numbers.lhs_spec[2:], strides):
+            steps[axis] = stride
+        lhs = _padded(lhs, params, numbers.lhs_spec)
+        return _conv.bind(lax.slice(lhs, (0,) * 4, lhs.shape, steps), rhs, **plain)
+    if strides == (1, 1) and dilation != (1, 1):
+        return _padded(_conv.bind(lhs, rhs, **plain), params, numbers.out_spec)
+    return _conv.bind(lhs, rhs, **params)
+
+
+def _padded(images, params, spec):
+    """Images with their padding and dilation; `spec` names the axes of batch, features, H and W."""
+    config = [(0, 0, 0)] * 4
+    for axis, (low, high), dilation in zip(spec[2:], params["padding"], params["lhs_dilation"]):
+        config[axis] = (low, high, dilation - 1)
+    return lax.pad(images, jnp.zeros((), images.dtype), config)
 
 
 def _block_diagonal(kernel, groups, numbers):
@@ -181,7 +207,7 @@ def _block_diagonal(kernel, groups, numbers):
 def _depthwise(lhs, rhs, params):
     """One input feature per group: a weighted sum of shifted images, which XLA fuses."""
     lhs, rhs = _to_canonical(lhs, rhs, params)
-    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), _pad_config(params))
+    lhs = _padded(lhs, params, _NHWC)
     dtype = params["preferred_element_type"] or lhs.dtype
     wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype  # sums of half floats
     lhs = jnp.repeat(lhs, rhs.shape[3] // lhs.shape[3], axis=3).astype(wide)
@@ -204,7 +230,7 @@ def _canonical(lhs, rhs, **params):
     # Input dilation and negative padding become an explicit pad of the input.
     explicit = min(map(min, params["padding"])) < 0 or params["lhs_dilation"] != (1, 1)
     if explicit:
-        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), _pad_config(params))
+        lhs = _padded(lhs, params, _NHWC)
     out = lax.conv_general_dilated(
         lhs, rhs,
         window_strides=params["window_strides"],
@@ -218,12 +244,6 @@ def _canonical(lhs, rhs, **params):
     return _from_canonical(lax.optimization_barrier(out), params)
 
 
-def _pad_config(params):
-    (top, bottom), (left, right) = params["padding"]
-    down, across = params["lhs_dilation"]
-    return (0, 0, 0), (top, bottom, down - 1), (left, right, across - 1), (0, 0, 0)
-
-
 def _to_canonical(lhs, rhs, params):
     n, c, h, w = params["dimension_numbers"].lhs_spec
     o, i, kh, kw = params["dimension_numbers"].rhs_spec
@@ -232,7 +252,7 @@ def _to_canonical(lhs, rhs, params):
 
 def _from_canonical(out, params):
     back = [0] * 4
-    for source, position in zip((0, 3, 1, 2), params["dimension_numbers"].out_spec):
+    for source, position in zip(_NHWC, params["dimension_numbers"].out_spec):
         back[position] = source
     return jnp.transpose(out, back)
 

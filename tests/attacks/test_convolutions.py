@@ -30,17 +30,21 @@ VARIANTS = {
     "depthwise transposed": dict(padding=((2, 1), (1, 2)), lhs_dilation=(2, 2),
                                  feature_group_count=4),
     "depthwise negative padding": dict(padding=((-1, 2), (0, -1)), feature_group_count=4),
+    "pixel stride 2": dict(window_strides=(2, 2), padding="SAME"),
+    "pixel, padding and strides": dict(window_strides=(3, 2), padding=((-1, 2), (1, 0))),
+    "pixel transposed": dict(padding=((2, 1), (0, 2)), lhs_dilation=(2, 3)),
+    "pixel, both": dict(window_strides=(1, 2), padding=((0, 0), (0, 0)), lhs_dilation=(2, 1)),
 }
 
 
-NCHW_TOO = ("stride 2", "transposed", "grouped", "depthwise stride 2")
+NCHW_TOO = ("pixel, padding and strides", "stride 2", "transposed", "grouped", "depthwise stride 2")
 
 
-def operands(groups=1, layout=NHWC):
+def operands(groups=1, layout=NHWC, side=3):
     """Two images of 4 features and a kernel to 8."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 7, 9, 4)).astype(np.float32)
-    k = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
+    k = rng.normal(size=(side, side, 4 // groups, 8)).astype(np.float32)
     if layout == NCHW:
         x, k = x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1)
     return jnp.asarray(x), jnp.asarray(k)
@@ -93,7 +97,7 @@ def derivatives(fn, transform):
                           for i, name in enumerate(NCHW_TOO)])
 def test_values_and_derivatives_are_unchanged(name, layout):
     options = VARIANTS[name]
-    args = operands(options.get("feature_group_count", 1), layout)
+    args = operands(options.get("feature_group_count", 1), layout, 1 if "pixel" in name else 3)
     fn = convolution(layout, **options)
     rewritten = derivatives(fn, canonical_convolutions)
     assert_close(jax.jit(rewritten)(*args), jax.jit(derivatives(fn, lambda f: f))(*args))
