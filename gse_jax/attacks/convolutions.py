@@ -24,6 +24,7 @@ from jax.interpreters import ad, batching, mlir
 
 _CANONICAL = ("NHWC", "HWIO", "NHWC")
 _NHWC = (0, 3, 1, 2)  # its axes of batch, features, height and width
+_NUMBERS = lax.ConvDimensionNumbers(_NHWC, (3, 2, 0, 1), _NHWC)
 
 # Groups are merged until a convolution has this many input features: XLA multiplies the zeros of a
 # kernel of 32 x 32 features faster than it loops over narrow groups.
@@ -227,8 +228,11 @@ def _depthwise(lhs, rhs, params):
 
 def _canonical(lhs, rhs, **params):
     lhs, rhs = _to_canonical(lhs, rhs, params)
-    # Input dilation and negative padding become an explicit pad of the input.
-    explicit = min(map(min, params["padding"])) < 0 or params["lhs_dilation"] != (1, 1)
+    dilated = params["lhs_dilation"] != (1, 1)
+    if dilated and params["window_strides"] == params["rhs_dilation"] == (1, 1):
+        return _from_canonical(lax.optimization_barrier(_by_phases(lhs, rhs, params)), params)
+    # What is left of input dilation, and negative padding, become an explicit pad of the input.
+    explicit = min(map(min, params["padding"])) < 0 or dilated
     if explicit:
         lhs = _padded(lhs, params, _NHWC)
     out = lax.conv_general_dilated(
@@ -242,6 +246,37 @@ def _canonical(lhs, rhs, **params):
     )
     # Without the barrier XLA computes a chain of residual additions once more for every consumer.
     return _from_canonical(lax.optimization_barrier(out), params)
+
+
+def _by_phases(lhs, rhs, params):
+    """Input dilation without its zeros: an image per place between two pixels, then interleaved.
+
+    Every output sees the same taps of the kernel as those a multiple of the dilation away, and no
+    others; the taps of each such phase are a kernel for the images as they are.
+    """
+    kernel, padding, sizes, outputs = rhs, [], [], []
+    phases = params["lhs_dilation"]
+    for axis, (dilation, (low, high)) in enumerate(zip(phases, params["padding"])):
+        taps, size = rhs.shape[axis], lhs.shape[axis + 1]
+        output = (size - 1) * dilation + 1 + low + high - taps + 1
+        # Output dilation * m + phase sees pixel m + t through tap dilation * t + low - phase.
+        first, last = -(low // dilation), (taps + dilation - 2 - low) // dilation
+        window, count = last - first + 1, -(-output // dilation)
+        before = dilation - 1 - low - dilation * first
+        config = [(0, 0, 0)] * kernel.ndim
+        config[2 * axis] = (before, window * dilation - taps - before, 0)
+        kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), config)
+        shape = kernel.shape
+        kernel = kernel.reshape(*shape[:2 * axis], window, dilation, *shape[2 * axis + 1:])
+        padding.append((-first, count - size + first + window - 1))
+        sizes.append(count)
+        outputs.append(output)
+    kernel = jnp.transpose(jnp.flip(kernel, (1, 3)), (0, 2, 4, 1, 3, 5))
+    out = _canonical(lhs, kernel.reshape(*kernel.shape[:3], -1), **params | {
+        "dimension_numbers": _NUMBERS, "lhs_dilation": (1, 1), "padding": tuple(padding)})
+    out = out.reshape(len(lhs), *sizes, *phases, rhs.shape[3]).transpose(0, 1, 3, 2, 4, 5)
+    out = out.reshape(len(lhs), *(n * d for n, d in zip(sizes, phases)), rhs.shape[3])
+    return out[:, :outputs[0], :outputs[1]]
 
 
 def _to_canonical(lhs, rhs, params):
