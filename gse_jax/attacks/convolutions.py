@@ -4,8 +4,9 @@ XLA:CPU brings a convolution into its fast canonical form (NHWC images, HWIO ker
 dilation) only in the entry computation of a program, not in the body of a loop. The gradient by
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
 was measured 7 to 10 times slower there. `canonical_convolutions` writes that form down explicitly:
-the function is traced, and every two-dimensional convolution is evaluated as transpose, explicit
-padding, canonical convolution, transpose. Values change by rounding only.
+the function is traced, and every two-dimensional convolution is evaluated as transpose, canonical
+convolution, transpose, without the pixels that a stride skips under a kernel of one pixel and without
+the zeros of an input dilation. Values change by rounding only.
 
 The rewritten convolution is a primitive of its own, so that it stays canonical when the result is
 differentiated or mapped: its transposes and its batched form are those of JAX's convolution,
