@@ -4,8 +4,9 @@
 
 On CPU, XLA brings convolutions into their fast form only outside loops. Rows: kinds of convolutions
 (value, gradient by the image and a step along it, alone, in a `fori_loop` as JAX writes it, in the
-same loop rewritten by `gse_jax.attacks.convolutions`), small networks of four libraries, and whole attacks per call of
-the model. `as it is` and `rewritten` are multiples of `alone`; `rewritten` should be at most about 1.1.
+same loop rewritten by `gse_jax.attacks.convolutions`), small networks of four libraries, and whole
+attacks per call of the model. `as it is` and `rewritten` are multiples of `alone`; `rewritten`
+should be at most about 1.1.
 
 Times are CPU times with one thread per convolution (the library works with one XLA device per
 core), the least of several rounds in turn, so that a busy machine disturbs the ratios little.
@@ -100,7 +101,7 @@ def networks(features):
 
 
 def looped(value_and_grad, steps=STEPS):
-    """The call repeated in a loop, each from where the last one led; once and without a loop for None."""
+    """The call repeated in a loop, each from where the last one led; for None once, without a loop."""
     def body(_, carry):
         total, params, x = carry
         value, gradient = value_and_grad(params, x)

@@ -123,7 +123,8 @@ def _open(name: str, split: str, data_dir: str | None,
             return _by_number(tfds, name, split, data_dir)
         except (KeyError, AssertionError, NotImplementedError, FileNotFoundError,
                 ValueError) as error:
-            # A ValueError that tells of another file format is that of a set prepared as TFRECORD.
+            # NotImplementedError is TFDS's answer for a set that has no access by number, and a
+            # ValueError that tells of another file format that of a set prepared as TFRECORD.
             if isinstance(error, ValueError) and "File format" not in str(error):
                 raise
             if importlib.util.find_spec("tensorflow") is None:

@@ -232,7 +232,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             score < state.record.score)
         best = jnp.where(better, score, state.record.score)
 
-        # The gradient at y, where only success is asked for, is not wanted.
+        # A test asks for success alone.
         gradient = jnp.where(sloped, state.c * evaluation.gradient * scale, 0.0)
         retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
         length = jnp.where(again, settings.retrain_steps,
