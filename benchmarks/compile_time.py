@@ -53,9 +53,11 @@ def main():
         return
     import results_file
 
-    args = results_file.parser(__doc__.splitlines()[0]).parse_args()
+    arguments = results_file.parser(__doc__.splitlines()[0])
+    arguments.add_argument("--rounds", type=int, default=3)
+    args = arguments.parse_args()
     rows = []
-    for _ in range(1 if args.smoke else 3):
+    for _ in range(1 if args.smoke else args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             cold = run("")
             run(folder)

@@ -3,7 +3,8 @@
     python benchmarks/memory.py
 
 Each row is a process of its own and reports its peak resident memory less that before the images
-were made. `images` is what the images themselves and the result take: N x (x + adversarials).
+were made; on an accelerator the peak of the device's memory. `images` is what the images themselves
+and the result take on the host: N x (x + adversarials).
 """
 
 import json
@@ -13,11 +14,16 @@ import sys
 
 ROWS = [(100, 8, 32), (1000, 8, 32), (10000, 8, 32), (1000, 64, 32), (1000, 512, 32),
         (16, 4, 224), (64, 4, 224), (16, 16, 224)]
+ON_ACCELERATORS = [(10000, 1024, 32), (100000, 1024, 32), (10000, 4096, 32)]
 SMOKE = [(10, 2, 32)]
 
 
 def peak():
-    """Peak resident memory so far, MiB."""
+    """Peak memory so far, MiB."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB.
 
 
@@ -57,7 +63,8 @@ def main():
 
     args = results_file.parser(__doc__.splitlines()[0]).parse_args()
     rows = []
-    for row in SMOKE if args.smoke else ROWS:
+    more = [] if args.smoke or results_file.backend() == "cpu" else ON_ACCELERATORS
+    for row in SMOKE if args.smoke else ROWS + more:
         done = subprocess.run([sys.executable, __file__, "--process", *map(str, row)], check=True,
                               stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))

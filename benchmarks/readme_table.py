@@ -40,7 +40,7 @@ def efficiency():
     lines = ["| images | attack | images per second | gradients per image | efficiency | of which lanes "
              "idle in the tail |", "|---|---|---|---|---|---|"]
     for word in ("untargeted", "targeted"):
-        record = json.loads((RESULTS / f"throughput_cpu_{word}.json").read_text())
+        record = json.loads((RESULTS / f"throughput_{word}.json").read_text())
         lines += [f"| {row['images']} | {word} | {row['images_per_second']:.2f} | "
                   f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
                   f"{1 - row['efficiency'] / row['lanes_full']:.0%} |"

@@ -5,6 +5,8 @@ import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,7 +31,10 @@ def parser(description):
 
 
 def write(name, args, rows):
-    """Write the rows with machine, versions and date; smoke results are not kept."""
+    """Write the rows with machine, versions and date; smoke results are not kept.
+
+    Results of an accelerator go to files of their own: `<name>_gpu.json`.
+    """
     if args.smoke:
         return
     folder = Path(args.out)
@@ -41,7 +46,15 @@ def write(name, args, rows):
                 "python": platform.python_version(), "numpy": np.__version__}
     record = {"date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
               "load_average": os.getloadavg()[0], "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
+    (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def backend():
+    """The platform, asked in another process: this one leaves the device to those that measure."""
+    found = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"],
+                           check=True, stdout=subprocess.PIPE, text=True)
+    return found.stdout.strip()
 
 
 def show(row):
@@ -73,5 +86,6 @@ def network_and_images(count, network="authors"):
         x, y, *_ = data.load("digits")
         bounds, name = (0.0, 1.0), "digits, ResNet-20"
     x, y = x[:count], y[:count]
-    correct = np.asarray(apply_fn(params, x).argmax(-1)) == y
+    with jax.default_matmul_precision("highest"):  # as the attack will see it
+        correct = np.asarray(apply_fn(params, x).argmax(-1)) == y
     return params, apply_fn, x[correct], y[correct], bounds, name

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+# Images for `real` and `full` on an accelerator, whose lanes alone are 1,024.
+ON_ACCELERATORS = {"real": (5_000, 20_000, 5_000), "full": (5_000, 20_000)}
 COUNTS, SMOKE_COUNTS = (100, 1_000, 10_000, 100_000), (50,)
 DEVICES, SMOKE_DEVICES = (1, 2, 4, 8), (2,)
 REAL_COUNTS, SMOKE_REAL_COUNTS = (400, 20_000, 400), (3,)
@@ -67,7 +69,8 @@ def measure_real(kind, count, devices):
                                      settings=settings, bounds=bounds, num_images=count)
 
     # Compiles all widths of the tail. Short attacks come to the narrowest with some images only.
-    for _ in stretches(min(count, 400 if kind == "real" else 32)):
+    warm = (400 if kind == "real" else 32) if jax.default_backend() == "cpu" else 2048
+    for _ in stretches(min(count, warm)):
         pass
     bare = Bare(params, apply_fn, x[:64])
     before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
@@ -103,7 +106,7 @@ def measure(count, devices):
     x, y = np.resize(x, (count, 8, 8, 1)), np.resize(y, count)
     settings = gse_jax.GSESettings(num_runs=3, max_steps=20, phase1_steps=10, blur_size=3,
                                    patch_size=4)
-    lanes = 64 * devices
+    lanes = 64 * devices if jax.default_backend() == "cpu" else 1024
     gse_jax.attack(params, apply_fn, x[:4 * lanes], y[:4 * lanes], settings=settings, lanes=lanes)
     timed(lambda: gse_jax.attack(params, apply_fn, x, y, settings=settings, lanes=lanes), count,
           network="small", images=count, devices=devices)
@@ -127,11 +130,13 @@ def main():
                            default=("small", "real", "full"))
     args = arguments.parse_args()
     counts, devices = (SMOKE_COUNTS, SMOKE_DEVICES) if args.smoke else (COUNTS, DEVICES)
-    cases = [("small", count, os.cpu_count()) for count in counts]
-    cases += [("small", max(counts) // 5, number) for number in devices]
-    cases += [("real", count, os.cpu_count())
-              for count in (SMOKE_REAL_COUNTS if args.smoke else REAL_COUNTS)]
-    cases += [("full", count, os.cpu_count()) for count in FULL_COUNTS]
+    on_cpu = results_file.backend() == "cpu"
+    all_devices = os.cpu_count() if on_cpu else 1
+    real, full = (REAL_COUNTS, FULL_COUNTS) if on_cpu else ON_ACCELERATORS.values()
+    cases = [("small", count, all_devices) for count in counts]
+    cases += [("small", max(counts) // 5, number) for number in devices if on_cpu]
+    cases += [("real", count, all_devices) for count in (SMOKE_REAL_COUNTS if args.smoke else real)]
+    cases += [("full", count, all_devices) for count in full]
     for part in ("small", "real") if args.smoke else args.parts:
         rows = []
         for case in (case for case in cases if case[0] == part):

@@ -1,11 +1,12 @@
 """Images per second, and how much of the time is the model itself, over lanes and numbers of images.
 
     python benchmarks/throughput.py [--num 64 400] [--lanes default 1 2 4 8 16 32] [--targeted]
+        [--precision highest]
 
 efficiency = gradient evaluations the attack used x bare time / wall time
 lanes full = gradient evaluations the lanes made, idle ones included, x bare time / wall time
-bare       = jitted value-and-gradient of the same model on all devices, per image, at the batch
-             size where it is fastest
+bare       = jitted value-and-gradient of the same model on all devices in the same precision, per
+             image, at the batch size where it is fastest
 
 One CPU device per core. The bare model is timed again and again between the attack's stretches of
 work, and each stretch is divided by the bare times on both sides of it: another process on the
@@ -20,17 +21,22 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import results_file
+from gse_jax.attacks.precision import PRECISIONS, multiplying
 
-CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32), (128, 256, 512, 1024)  # per device
+CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32), (256, 512, 1024, 2048, 4096)  # per device
+# More images than there are, on an accelerator: the same again.
+ON_CPU, ON_ACCELERATORS = [64, 400], [1024, 10_000]
+WARM = 2048
 
 
 class Bare:
     """Times one value-and-gradient on all devices, in seconds per image."""
 
-    def __init__(self, params, apply_fn, x):
+    def __init__(self, params, apply_fn, x, precision="highest"):
         """Compile, and choose the fastest batch size."""
         def gradient(params, x):
-            value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
+            with multiplying(precision):
+                value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
             return value[None], gradient
 
         mesh = jax.make_mesh((jax.device_count(),), ("d",),
@@ -77,11 +83,12 @@ class Stopwatch:
 
 def measure(attack, bare, count, lanes):
     """One row."""
-    attack(None)  # compiles
+    attack(None, min(count, WARM))  # compiles all widths
     watch = Stopwatch(bare)
     result = attack(watch)
     used = int(np.sum(result.gradient_evals))
     return {"images": count, "lanes": lanes, "devices": jax.device_count(),
+            "ASR": float(np.mean(result.success)),
             "images_per_second": count / watch.wall, "evals_per_image": used / count,
             "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
             "efficiency": used / watch.model_times,
@@ -91,10 +98,11 @@ def measure(attack, bare, count, lanes):
 def main():
     """Measure and print."""
     arguments = results_file.parser(__doc__.splitlines()[0])
-    arguments.add_argument("--num", type=int, nargs="+", default=[64, 400])
+    arguments.add_argument("--num", type=int, nargs="+", help="default: 64 400, on an accelerator 1024 10000")
     arguments.add_argument("--lanes", nargs="+", default=["default"],
                            help="per device; `default` for what gse_jax takes")
     arguments.add_argument("--targeted", action="store_true")
+    arguments.add_argument("--precision", choices=PRECISIONS, default="highest")
     args = arguments.parse_args()
     if args.smoke:
         args.num, args.lanes = [3], ["2"]
@@ -104,7 +112,8 @@ def main():
         gse_jax.use_all_cpu_cores()
     params, apply_fn, images, labels, bounds, name = results_file.network_and_images(400)
     settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3) if args.smoke else None
-    bare, rows = Bare(params, apply_fn, images[:64]), []
+    bare, rows = Bare(params, apply_fn, images[:64], args.precision), []
+    args.num = args.num or (ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS)
     for count in args.num:
         # More than there are: the same again. np.resize repeats whole images.
         x = jnp.asarray(np.resize(images, (count, *images.shape[1:])))
@@ -112,17 +121,21 @@ def main():
         for lanes in args.lanes:
             width = None if lanes == "default" else int(lanes) * jax.device_count()
 
-            def attack(progress, x=x, y=y, width=width):
+            def attack(progress, first=None, x=x, y=y, width=width):
+                x, y = x[:first], y[:first]
                 return gse_jax.attack(
                     params, apply_fn, x, y, targets=(y + 1) % 10 if args.targeted else None,
-                    bounds=bounds, lanes=width, settings=settings, progress=progress)
+                    bounds=bounds, lanes=width, settings=settings, progress=progress,
+                    precision=args.precision)
 
             rows.append({"model": name, "attack": "targeted" if args.targeted else "untargeted",
+                         "precision": args.precision,
                          **measure(attack, bare, count, lanes)})
             results_file.show(rows[-1])
     word = "targeted" if args.targeted else "untargeted"
     table = "" if args.lanes == ["default"] else "_lanes"
-    results_file.write(f"throughput_{jax.default_backend()}_{word}{table}", args, rows)
+    table += "" if args.precision == "highest" else f"_{args.precision}"
+    results_file.write(f"throughput_{word}{table}", args, rows)
 
 
 if __name__ == "__main__":

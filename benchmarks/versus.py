@@ -8,7 +8,8 @@ Peers that are not installed are left out and named. `--attack FILE:FUNCTION=MET
 FUNCTION(model, images [N, C, H, W] in [0, 1], labels) -> adversarial images against our METHOD.
 Both attack the same correctly classified images in [0, 1], both on all cores; theirs in one batch
 of `--batch`. Ours is compiled before; theirs has a first call on one image. Each pair runs
-`--repeats` times in turn, and the ratio is that of the medians.
+`--repeats` times in turn, and the ratio is that of the medians. With a GPU both are on it, multiplying
+in float32.
 """
 
 import functools
@@ -85,6 +86,14 @@ def measured(run, x, y, apply_fn, params):
     return seconds, dict(zip(METRICS, (float(fooled.mean()), *means)))
 
 
+def to_torch(x):
+    """Images as PyTorch wants them, on its device."""
+    import torch
+
+    images = torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))
+    return images.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def compare(name, method, changes, theirs, model, case, args):
     """One row: theirs and ours in turn."""
     import dataclasses
@@ -96,13 +105,13 @@ def compare(name, method, changes, theirs, model, case, args):
     params, apply_fn, x, y = case
     settings, _ = gse_jax.preset(method, "cifar10", targeted=False)
     settings = dataclasses.replace(settings, **changes)
-    images = torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))
-    labels = torch.from_numpy(np.asarray(y, np.int64))
+    images = to_torch(x)
+    labels = torch.from_numpy(np.asarray(y, np.int64)).to(images.device)
 
     def run_theirs(count=None):
         parts = [theirs(model, images[i:i + args.batch], labels[i:i + args.batch]).detach()
                  for i in range(0, count or len(x), args.batch)]
-        return torch.cat(parts).numpy().transpose(0, 2, 3, 1)
+        return torch.cat(parts).cpu().numpy().transpose(0, 2, 3, 1)
 
     def run_ours():
         return np.asarray(gse_jax.attack(params, apply_fn, x, y, method=method, settings=settings,
@@ -133,6 +142,7 @@ def main():
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed, so there is no peer to compare with")
         return
+    import jax
     import torch
     from safetensors.torch import load_file
 
@@ -150,7 +160,9 @@ def main():
     images = data.load(f"npz:{folder / 'test_0000_0399.npz'}", limit=2 * args.num)
     right = np.asarray(apply_fn(params, images.images).argmax(-1)) == images.labels
     x, y = (a[right][:2 if args.smoke else args.num] for a in (images.images, images.labels))
-    network = torch_resnet.load(load_file(weights))
+    torch.backends.cudnn.allow_tf32 = False  # as ours
+    jax.config.update("jax_default_matmul_precision", "highest")
+    network = torch_resnet.load(load_file(weights)).to(to_torch(images.images[:1]).device)
 
     def model(images):
         return network((images - 0.5) / 0.5)
@@ -161,7 +173,7 @@ def main():
     # Some peers restore the mode they find; training mode would normalise with statistics of the batch.
     model.eval()
     difference = np.abs(np.asarray(apply_fn(params, x)) - model(
-        torch.from_numpy(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))).numpy()).max()
+        to_torch(x)).detach().cpu().numpy()).max()
     assert difference < 1e-3, f"the two networks differ by {difference}"
     chosen = peers()
     if args.attack:

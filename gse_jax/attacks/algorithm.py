@@ -11,10 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-NO_SEGMENTS = np.zeros((0, 0), np.int32)
-NO_START = np.zeros((0, 0, 0), np.float32)
-
-
 class Sample(NamedTuple):
     """One image to attack. In a queue every field has a leading axis.
 
@@ -23,25 +19,21 @@ class Sample(NamedTuple):
         y: [] int32 true label.
         target: [] int32 target class; -1 in an untargeted attack.
         sample_id: [] int32 position in the caller's batch; `NO_SAMPLE` marks an empty place.
-        segments: [H, W] int32 superpixel of every pixel, numbered from 0 and below H * W; [0, 0]
-            for methods without superpixels, so that they carry nothing along. The engine fills it.
-        start: [H, W, C] adversarial image to begin with, for `refine`; else [0, 0, 0].
+        segments: [H, W] int32 superpixel of every pixel, numbered from 0 and below H * W; None for
+            methods without superpixels. The engine fills it.
+        start: [H, W, C] adversarial image to begin with, for `refine`; else None.
     """
 
     x: jax.Array  # [H, W, C] float
     y: jax.Array  # [] i32
     target: jax.Array  # [] i32
     sample_id: jax.Array  # [] i32
-    segments: jax.Array = NO_SEGMENTS  # [H, W] i32, or [0, 0]
-    start: jax.Array = NO_START  # [H, W, C] float, or [0, 0, 0]
+    # None, not arrays without elements: with those JAX 0.11 dies while it compiles for two devices.
+    segments: jax.Array | None = None  # [H, W] i32
+    start: jax.Array | None = None  # [H, W, C] float
 
 
 NO_SAMPLE = -1
-
-
-def no_starts(x) -> np.ndarray:
-    """Return `Sample.start` of images [N, H, W, C] that begin at the clean image: [N, 0, 0, 0]."""
-    return np.zeros((x.shape[0], *NO_START.shape), NO_START.dtype)
 
 
 class Evaluation(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Method, Sample, no_starts
+from gse_jax.attacks.algorithm import Method, Sample
 from gse_jax.attacks.precision import check_precision, confirmed
 from gse_jax.attacks.program import Program, in_graph
 from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
@@ -84,7 +84,8 @@ def attack(
             (up to the model's own rounding).
         precision: how accelerators multiply inside the loop, "highest" (float32), "tf32" or "bf16";
             where the model's own calls say nothing else. After a coarser loop the adversarial
-            images are classified once more in float32, and what does not hold is not found.
+            images are classified once more in float32, and what does not hold is not found. Whoever
+            classifies them again on an accelerator: under `jax.default_matmul_precision("highest")`.
         progress: called with a `Progress` between bounded stretches of work; ignored under the
             caller's `jit` or `vmap`.
 
@@ -104,7 +105,7 @@ def attack(
     """
     call = _Call(params, apply_fn, x, y, targets, bounds, lanes, precision)
     setup = call.set_up(find_method(method), settings, hyperparams, key)
-    return call.run(setup, no_starts(call.x), progress, method)
+    return call.run(setup, None, progress, method)
 
 
 def refine(
@@ -226,8 +227,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
             _check_label_shapes(sample.y, targets, sample.x.shape[0])
             _check_label_values(sample.y, targets, setup.num_classes)
             yield Sample(sample.x, sample.y.astype(np.int32), sample.target.astype(np.int32),
-                         sample.sample_id.astype(np.int32), setup.segment(sample.x),
-                         no_starts(sample.x))
+                         sample.sample_id.astype(np.int32), setup.segment(sample.x))
 
     return stream(setup.program, params, setup.hyperparams, setup.key, checked(),
                   image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
@@ -283,7 +283,8 @@ class _Call:
         array = jnp.asarray if traced else np.asarray
         goal = np.full(count, -1) if targets is None else targets
         samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
-                         np.arange(count, dtype=np.int32), setup.segment(x), array(starts))
+                         np.arange(count, dtype=np.int32), setup.segment(x),
+                         None if starts is None else array(starts))
         arguments = (self.params, setup.hyperparams, setup.key, samples)
         if count == 0:
             outcome = _empty_outcome(setup, samples)

@@ -256,10 +256,15 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
             gradient=_gradients_where(needed, evaluate_fn, lanes.attack, saved))
 
     def body(carry):
-        evaluation = evaluated(carry.lanes)
-        stepped = jax.vmap(algorithm.step)(carry.lanes.attack, evaluation)
+        # The names are what `benchmarks/profile_step.py` and other profilers tell the parts by.
+        with jax.named_scope("model"):
+            evaluation = evaluated(carry.lanes)
+        with jax.named_scope("update"):
+            stepped = jax.vmap(algorithm.step)(carry.lanes.attack, evaluation)
         lanes = LanesState(stepped, carry.lanes.sample_id)
-        return _Carry(*exchange(lanes, carry.queue, carry.finished), carry.iteration + 1)
+        with jax.named_scope("schedule"):
+            exchanged = exchange(lanes, carry.queue, carry.finished)
+        return _Carry(*exchanged, carry.iteration + 1)
 
     finished = _empty_finished(algorithm, lanes, capacity)
     carry = _Carry(*exchange(lanes, queue, finished), jnp.zeros((), jnp.int32))

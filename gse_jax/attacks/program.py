@@ -82,8 +82,10 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
         return program.drain(params, hyperparams, key, lanes, queue, capacity=capacity,
                              max_iterations=max_iterations)
 
+    # jit inside: constants of the model would else become arguments of the map, and with one that has
+    # no elements (such as the index of `.at[2:4]`) JAX 0.11 dies while it compiles for two devices.
     # check_vma=False: the caller's model may hold scans whose initial carry does not vary.
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+    spread = jax.shard_map(jax.jit(local), mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
                            out_specs=P(AXIS), check_vma=False)
     # Without out_shardings XLA calls arrays of no elements replicated, and the next call, whose
     # input is this output, would compile everything once more.

@@ -8,7 +8,6 @@ References:
 import jax
 import numpy as np
 
-from gse_jax.attacks.algorithm import NO_SEGMENTS
 from gse_jax.attacks.validation import is_traced
 
 
@@ -48,7 +47,7 @@ def segments_of(method, settings, x, bounds):
         bounds: (low, high).
 
     Returns:
-        [N, H, W] int32; [N, 0, 0] where the method needs none.
+        [N, H, W] int32; None where the method needs none.
     """
     low, high = bounds
 
@@ -58,7 +57,7 @@ def segments_of(method, settings, x, bounds):
 
     # No images tell whether these settings need superpixels at all.
     if method.segment is None or method.segment(settings, np.zeros((0, *x.shape[1:]))) is None:
-        return np.zeros((x.shape[0], *NO_SEGMENTS.shape), np.int32)
+        return None
     if not is_traced(x):
         return on_host(x)
     shape = jax.ShapeDtypeStruct(x.shape[:3], np.int32)

@@ -45,6 +45,7 @@ from jax import lax
 from gse_jax.attacks import attack
 from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
+from gse_jax.attacks.precision import full_precision
 from gse_jax.differentiable.arguments import Goal, check_steps, hashable, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
 from gse_jax.metrics import changed_mask
@@ -173,7 +174,7 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
         return base + jnp.where(free, scale * w, 0.0)
 
     def margin(w):
-        return goal.gap(apply_fn(params, point(w)[None])[0].astype(x.dtype), label)
+        return goal.gap(full_precision(apply_fn)(params, point(w)[None])[0].astype(x.dtype), label)
 
     value_and_normal = jax.value_and_grad(margin)
     if jax.default_backend() == "cpu":

@@ -47,6 +47,7 @@ from gse_jax.attacks.gse.algorithm import RUNNING, bind
 from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
+from gse_jax.attacks.precision import full_precision
 from gse_jax.differentiable.arguments import Goal, configuration, hashable, problem
 from gse_jax.ops import largest_active_tradeoff
 from gse_jax.types import ApplyFn, Bounds, Status
@@ -183,7 +184,7 @@ def run_once(params, samples, tradeoff, hyperparams, *, apply_fn, goal: Goal, se
     plain = machine(None, hyperparams.step_size)  # start and step size matter to `step` alone
 
     def evaluate_fn(params, states):
-        return evaluate(plain, functools.partial(apply_fn, params), states)[0]
+        return evaluate(plain, functools.partial(full_precision(apply_fn), params), states)[0]
 
     if jax.default_backend() == "cpu":
         evaluate_fn = canonical_convolutions(evaluate_fn)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks import Progress, attack
+from gse_jax.attacks.precision import full_precision
 from gse_jax.metrics import Summary, summary
 from gse_jax.types import ApplyFn, Status
 
@@ -78,7 +79,7 @@ def predict(params, apply_fn: ApplyFn, x) -> tuple[np.ndarray, np.ndarray]:
         (classes [N] int32, probabilities of these classes [N]); probability NaN where the logits
         are not finite.
     """
-    step = jax.jit(lambda params, x: _top(apply_fn(params, x)))
+    step = jax.jit(lambda params, x: _top(full_precision(apply_fn)(params, x)))
     labels, confidences = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for start in range(0, len(x), _BATCH):
         batch = np.asarray(x[start:start + _BATCH])

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gse_jax.attacks.precision import full_precision
 from gse_jax.types import ApplyFn
 
 _PIXELS = 64 * 64 * 64  # Per batch: 64 images of 64 x 64 pixels.
@@ -37,8 +38,7 @@ class Forward:
             image_shape: (H, W, C).
         """
         self._params = params
-        # A function of our own: jit wants its argument hashable, and a caller's may not be.
-        self._logits = jax.jit(lambda params, x: apply_fn(params, x))
+        self._logits = jax.jit(full_precision(apply_fn))
         self.batch = int(np.clip(_PIXELS // (image_shape[0] * image_shape[1]), 1, _LARGEST_BATCH))
 
     def __call__(self, x) -> Predictions:

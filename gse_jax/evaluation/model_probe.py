@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.attacks.precision import full_precision
 from gse_jax.evaluation.forward import is_out_of_memory
 
 _SMALL_SIDE = 64  # pixels; larger images come in smaller batches and fewer of them are probed
@@ -35,6 +36,7 @@ class ModelProbe:
             apply_fn: (params, x) -> logits.
             x: [N, H, W, C] NumPy, N >= 1; only its shape and dtype are used.
         """
+        apply_fn = full_precision(apply_fn)
         small = max(x.shape[1:3]) <= _SMALL_SIDE
         self.batch = max(min(len(x), 128 if small else 16), _MIN_BATCH)
         self.gradient_batch = max(self.batch // 4, 2)

@@ -90,7 +90,8 @@ def adversarial_saliency(params, apply_fn, x, y, targets):
         arXiv 1511.07528; arXiv 1808.01664, section on interpretability.
     """
     x = jnp.asarray(x)
-    logits, pull_back = jax.vjp(lambda images: apply_fn(params, images), x)
+    with jax.default_matmul_precision("highest"):
+        logits, pull_back = jax.vjp(lambda images: apply_fn(params, images), x)
     num_classes = logits.shape[-1]
     y = require_labels("y", y, x.shape[0], num_classes)
     targets = require_labels("targets", targets, x.shape[0], num_classes)

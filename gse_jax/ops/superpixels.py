@@ -77,13 +77,13 @@ def count_groups(x, segments):
 
     Args:
         x: [H, W, C].
-        segments: [H, W] int32, as in `superpixel_sums`; [0, 0] if every entry is its own group.
+        segments: [H, W] int32, as in `superpixel_sums`; None if every entry is its own group.
 
     Returns:
         [] int32.
     """
     changed = x != 0.0
-    if segments.size:
+    if segments is not None:
         pixels = jnp.any(changed, axis=-1).astype(x.dtype)
         changed = superpixel_sums(pixels, segments) > 0.0
     return jnp.sum(changed, dtype=jnp.int32)
@@ -101,7 +101,7 @@ def count_prox(v, tradeoff, lower, upper, most, segments):
         lower: [H, W, C] <= 0.
         upper: [H, W, C] >= 0.
         most: [] int32.
-        segments: [H, W] int32, as in `superpixel_sums`; [0, 0] if every entry is its own group.
+        segments: [H, W] int32, as in `superpixel_sums`; None if every entry is its own group.
 
     Returns:
         [H, W, C].
@@ -112,7 +112,7 @@ def count_prox(v, tradeoff, lower, upper, most, segments):
     inside = jnp.clip(v, lower, upper)
     saved = group_savings(v, inside, segments)
     kept = (saved > 2.0 * tradeoff) & largest_scores(saved, most)
-    kept = kept[segments][..., None] if segments.size else kept.reshape(v.shape)
+    kept = kept[segments][..., None] if segments is not None else kept.reshape(v.shape)
     return jnp.where(kept, inside, 0.0)
 
 
@@ -129,7 +129,7 @@ def group_savings(v, inside, segments):
     """
     # Not as a difference of squares: those of a long step cancel in float32.
     saved = inside * (2.0 * v - inside)
-    if segments.size:
+    if segments is not None:
         return superpixel_sums(jnp.sum(saved, axis=-1), segments)
     return saved.reshape(-1)
 

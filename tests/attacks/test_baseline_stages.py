@@ -10,7 +10,7 @@ import pytest
 import gse_jax
 from gse_jax import ops
 from gse_jax.attacks import METHODS
-from gse_jax.attacks.algorithm import Sample, no_starts
+from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines import nuclear_frank_wolfe, projected_gradient_descent, sigma_zero
 from gse_jax.attacks.baselines import (
     sparse_frank_wolfe,
@@ -30,8 +30,7 @@ def states_of(method, settings, steps, hyperparams=None, targeted=False):
     default = gse_jax.preset(method, "gse_paper", targeted)[1]
     algorithm = METHODS[method].bind(settings, hyperparams or default, targeted=targeted,
                                      bounds=(-1.0, 1.0), key=jax.random.key(0))
-    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
-                     jnp.zeros((6, 0, 0), jnp.int32), no_starts(x))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
         s, evaluate(algorithm, lambda x: apply_fn(params, x), s)[0]))
     state = jax.vmap(algorithm.init)(samples)

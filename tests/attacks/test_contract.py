@@ -131,8 +131,8 @@ def test_step_keeps_structure_shapes_and_dtypes(row, dtype, shape):
     image = jax.ShapeDtypeStruct(shape, dtype)
     segments = METHODS[method].segment and METHODS[method].segment(TABLE[row].settings,
                                                                    np.zeros((1, *shape)))
-    segments = np.zeros((1, 0, 0), np.int32) if segments is None else segments
-    state = jax.eval_shape(algorithm.init, Sample(image, scalar, scalar, scalar, segments[0]))
+    segments = None if segments is None else segments[0]
+    state = jax.eval_shape(algorithm.init, Sample(image, scalar, scalar, scalar, segments))
     evaluation = Evaluation(jax.ShapeDtypeStruct((5,), dtype), jax.ShapeDtypeStruct((), dtype),
                             image)
     stepped = jax.eval_shape(algorithm.step, state, evaluation)

@@ -10,8 +10,8 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import METHODS, attack_stream
-from gse_jax.attacks.algorithm import Sample, no_starts
+from gse_jax.attacks import METHODS, attack_stream, runner
+from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
@@ -70,6 +70,24 @@ def test_a_long_queue_equals_single_images(expected):
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
 
 
+@pytest.mark.parametrize("repeat,widths", [(16, {16, 4, 1}), (8, {4, 1})])
+def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
+    """An accelerator's widths, its parking and the shorter copy of its outcomes, on 4 CPU devices."""
+    params, apply_fn, x, y = toy()
+    seen = set()
+
+    def noted(params, images):
+        seen.add(len(images))
+        return apply_fn(params, images)
+
+    monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
+    monkeypatch.setattr(runner, "_MANY_PLACES", 8)
+    monkeypatch.setattr(runner, "default_lanes_per_device", lambda *_: 16)
+    result = ATTACK(params, noted, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat))
+    same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
+    assert seen >= widths and max(seen) == max(widths)
+
+
 def test_inside_the_callers_jit(expected):
     params, apply_fn, x, y = toy()
     same(jax.jit(lambda p, x, y: ATTACK(p, apply_fn, x, y, lanes=4))(params, x, y), expected)
@@ -121,8 +139,7 @@ def bound(method, settings, **hyperparams):
 def run_with(loop, algorithm=bound("gse", GSESettings(num_runs=2, max_steps=6, phase1_steps=3)),
              num_lanes=2, logits_of=toy()[1]):
     params, _, x, y = toy()
-    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32),
-                     jnp.zeros((6, 0, 0), jnp.int32), no_starts(x))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
     lanes = idle_lanes(algorithm, jax.tree.map(lambda a: a[0], samples), num_lanes)
     lanes = jax.tree.map(jnp.asarray, lanes)
     queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))

@@ -22,14 +22,14 @@ def test_widths_on_cpu(unfinished, width, num_devices, expected):
 
 
 @pytest.mark.parametrize("unfinished,width,num_devices,expected", [
-    (1024, 1024, 1, 1024), (257, 1024, 1, 1024), (256, 1024, 1, 256), (1, 1024, 1, 64),
-    (200, 1024, 4, 64), (1, 32, 1, 32)])
-def test_widths_on_accelerators_hold_all_that_is_left(unfinished, width, num_devices, expected):
-    assert tail_width(unfinished, width, num_devices, "gpu") == expected
-    assert expected * num_devices >= unfinished
+    (1024, 1024, 1, 1024), (513, 1024, 1, 1024), (512, 1024, 1, 256), (129, 256, 1, 256),
+    (128, 256, 1, 64), (1, 64, 1, 64), (1, 1024, 1, 64), (600, 1024, 4, 256), (1, 32, 1, 32)])
+def test_widths_on_accelerators(unfinished, width, num_devices, expected):
+    assert tail_width(unfinished, width, num_devices, "gpu", narrowest=64) == expected
 
 
-def test_nothing_is_lost_until_all_are_done():
+@pytest.mark.parametrize("platform,least", [("cpu", 1), ("gpu", 3)])
+def test_nothing_is_lost_until_all_are_done(platform, least):
     """Finish images at random and pack whenever the engine would."""
     random = np.random.default_rng(0)
     for _ in range(50):
@@ -39,8 +39,8 @@ def test_nothing_is_lost_until_all_are_done():
         lanes, parked, done = lanes_of(ids), None, []
         everything = set(ids[ids != NO_SAMPLE].tolist())
         while unfinished := len(everything) - len(done):
-            narrow = tail_width(unfinished, width, num_devices, "cpu")
-            if narrow < width or lanes_to_fill(lanes.sample_id, parked, num_devices):
+            narrow = tail_width(unfinished, width, num_devices, platform)
+            if narrow < width or lanes_to_fill(lanes.sample_id, parked, num_devices, least):
                 width = narrow
                 lanes, parked = pack(lanes, parked, width, num_devices)
             occupied = lanes.sample_id[lanes.sample_id != NO_SAMPLE]
@@ -50,9 +50,9 @@ def test_nothing_is_lost_until_all_are_done():
             assert (lanes.attack["value"] == 10.0 * lanes.attack["more"][:, 0]).all()
             np.testing.assert_array_equal(lanes.attack["value"][lanes.sample_id != NO_SAMPLE],
                                           10.0 * occupied)
-            assert len(occupied) == min(unfinished, width * num_devices) or not waiting
+            assert len(occupied) > min(unfinished, width * num_devices) - least or not waiting
             left = (lanes.sample_id != NO_SAMPLE).reshape(num_devices, -1).sum(1)
-            assert left.max() - left.min() <= 1
+            assert left.max() - left.min() <= least
             over = random.random(lanes.sample_id.size) < 0.4
             over &= lanes.sample_id != NO_SAMPLE
             done += lanes.sample_id[over].tolist()

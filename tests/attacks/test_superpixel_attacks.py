@@ -10,7 +10,6 @@ import pytest
 
 import gse_jax
 from gse_jax.attacks import METHODS, Sample, attack_stream
-from gse_jax.attacks.algorithm import no_starts
 from gse_jax.attacks.baselines import homotopy_search, homotopy_steps
 from gse_jax.attacks.baselines import perturbation_factorization as sapf
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
@@ -43,9 +42,8 @@ def states_of(method, settings, hyperparams, steps):
     algorithm = METHODS[method].bind(settings, hyperparams, targeted=False, bounds=(0.0, 1.0),
                                      key=None)
     segments = METHODS[method].segment(settings, np.asarray(x))
-    segments = np.zeros((3, 0, 0), np.int32) if segments is None else segments
     samples = Sample(x, y, jnp.full(3, -1, jnp.int32), jnp.arange(3, dtype=jnp.int32),
-                     jnp.asarray(segments), no_starts(x))
+                     None if segments is None else jnp.asarray(segments))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
         s, evaluate(algorithm, lambda x: linear_logits(params, x), s)[0]))
     state = jax.vmap(algorithm.init)(samples)
@@ -157,8 +155,7 @@ def test_first_tradeoff_is_the_edge_of_the_first_step():
                                    jnp.asarray(108, jnp.int32))
     zero = jnp.zeros((6, 6, 3))
     at = homotopy_steps.Looked(zero, jnp.zeros(()), gradient, jnp.zeros(()), jnp.asarray(False))
-    for segments in (jnp.zeros((0, 0), jnp.int32),
-                     jnp.asarray(np.arange(36).reshape(6, 6) // 5, jnp.int32)):
+    for segments in (None, jnp.asarray(np.arange(36).reshape(6, 6) // 5, jnp.int32)):
         edge = homotopy_steps.first_tradeoff(gradient, limits, segments)
         for factor, moves in ((0.999, True), (1.001, False)):
             z = homotopy_steps.prox_step(at, homotopy_steps.FIRST_STEP, factor * edge, limits,

@@ -9,7 +9,6 @@ import pytest
 
 from gse_jax import ops
 
-ENTRIES = jnp.zeros((0, 0), jnp.int32)
 
 
 def random_segments(rng, height, width, count):
@@ -57,7 +56,7 @@ def test_count_prox_is_the_best_of_all_supports(grouped, most, tradeoff):
     """Every support is tried; on a support the best point is the clipped one."""
     rng = np.random.default_rng(most)
     v = rng.normal(size=(2, 3, 1))
-    segments = jnp.asarray([[0, 1, 1], [2, 0, 3]], jnp.int32) if grouped else ENTRIES
+    segments = jnp.asarray([[0, 1, 1], [2, 0, 3]], jnp.int32) if grouped else None
     groups = np.asarray(segments).reshape(-1) if grouped else np.arange(6)
     lower, upper = -0.3 - rng.uniform(size=v.shape), 0.3 + rng.uniform(size=v.shape)
     inside = np.clip(v, lower, upper)
@@ -80,7 +79,7 @@ def test_count_prox_is_the_best_of_all_supports(grouped, most, tradeoff):
 def test_count_prox_of_a_long_step_does_not_cancel():
     v = jnp.asarray([3e6, -2e6, 1e6], jnp.float32).reshape(1, 3, 1)
     z = ops.count_prox(v, jnp.float32(1e5), 0.0 * v - 0.05, 0.0 * v + 0.05,
-                       jnp.asarray(3, jnp.int32), ENTRIES)  # savings 3e5, 2e5, 1e5; needed 2e5
+                       jnp.asarray(3, jnp.int32), None)  # savings 3e5, 2e5, 1e5; needed 2e5
     np.testing.assert_allclose(z.reshape(-1), [0.05, 0.0, 0.0], atol=1e-7)
 
 

@@ -117,7 +117,7 @@ def advance(now: Search, got: Looked, clean, lower, upper, segments, entries, se
         clean: [] bool, the trial is the clean image, looked at for the first time.
         lower: [H, W, C] smallest values, <= 0.
         upper: [H, W, C] largest values, >= 0.
-        segments: [H, W] int32 superpixels, [0, 0] for entries.
+        segments: [H, W] int32 superpixels, None for entries.
         entries: [] of the largest group.
         settings: HomotopySettings.
         params: HomotopyHyperparams of arrays [].

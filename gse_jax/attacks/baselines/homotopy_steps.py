@@ -73,7 +73,7 @@ def prox_step(at: Looked, length, tradeoff, limits: Limits, segments):
         length: [] alpha.
         tradeoff: [] lambda.
         limits: Limits.
-        segments: [H, W] int32 superpixels, [0, 0] for entries.
+        segments: [H, W] int32 superpixels, None for entries.
 
     Returns:
         [H, W, C].
@@ -105,12 +105,12 @@ def largest_group(image, segments):
 
     Args:
         image: [H, W, C].
-        segments: [H, W] int32 superpixels, [0, 0] for entries.
+        segments: [H, W] int32 superpixels, None for entries.
 
     Returns:
         [] float.
     """
-    if not segments.size:
+    if segments is None:
         return jnp.ones((), image.dtype)
     pixels = superpixel_sums(jnp.ones(segments.shape, image.dtype), segments)
     return image.shape[-1] * jnp.max(pixels)
@@ -173,7 +173,7 @@ def first_tradeoff(gradient, limits: Limits, segments):
     Args:
         gradient: [H, W, C] of f at 0.
         limits: Limits.
-        segments: [H, W] int32 superpixels, [0, 0] for entries.
+        segments: [H, W] int32 superpixels, None for entries.
 
     Returns:
         [] >= 0.
