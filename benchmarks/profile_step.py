@@ -5,9 +5,9 @@
 Traces a stretch of GSE on CIFAR-10 images with JAX's profiler and adds up the time of the device's
 kernels by the parts that the loop names: `model` (forward and backward pass), `update` (prox,
 trade-off map, search) and `schedule` (finished images out, waiting ones in). `gaps` is the time in
-which the device does nothing: it waits for the host. For an accelerator; a CPU's trace does not tell
-its kernels' parts. Kernels of recorded graphs cannot be told apart either, so XLA's command buffers
-are off here, which costs 2 % at 1,024 lanes.
+which the device does nothing: it waits for the host, also for the tracing itself. Kernels of recorded
+graphs cannot be told apart, so XLA's command buffers are off. For an accelerator; a CPU's trace does
+not tell its kernels' parts.
 """
 
 import collections

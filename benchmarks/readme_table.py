@@ -37,36 +37,65 @@ def parity():
 
 def efficiency():
     """What the loop costs beside the bare model."""
-    lines = ["| images | attack | images per second | gradients per image | efficiency | of which lanes "
-             "idle in the tail |", "|---|---|---|---|---|---|"]
-    for word in ("untargeted", "targeted"):
-        record = json.loads((RESULTS / f"throughput_{word}.json").read_text())
-        lines += [f"| {row['images']} | {word} | {row['images_per_second']:.2f} | "
-                  f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
-                  f"{1 - row['efficiency'] / row['lanes_full']:.0%} |"
-                  for row in record["rows"] if row["lanes"] == "default"]
-    return [*lines, "", "Efficiency: gradient evaluations the attack used times the bare jitted "
-            "value-and-gradient of all cores at its best batch size, over wall time, after "
-            "compilation. 'Idle' includes the last forward pass of each run, whose gradient is not "
-            "used.", "", source(record, "`benchmarks/throughput.py`, CIFAR-10, authors' ResNet-20")]
+    return [*_throughput(("untargeted", "targeted")), "", "Efficiency: gradient evaluations the attack "
+            "used times the bare jitted value-and-gradient of all cores at its best batch size, over "
+            "wall time, after compilation. 'Idle' includes the last forward pass of each run, whose "
+            "gradient is not used."]
+
+
+def efficiency_gpu():
+    """The same on a GPU."""
+    return _throughput(("untargeted_gpu", "targeted_gpu", "untargeted_tf32_gpu"))
+
+
+def _throughput(names):
+    lines = ["| images | attack | ASR | images per second | gradients per image | efficiency | of which "
+             "lanes idle in the tail |", "|---|---|---|---|---|---|---|"]
+    for name in names:
+        record = json.loads((RESULTS / f"throughput_{name}.json").read_text())
+        for row in record["rows"]:
+            precision = row.get("precision", "highest")
+            word = row["attack"] + (f", `precision=\"{precision}\"`" if precision != "highest" else "")
+            lines.append(f"| {row['images']:,} | {word} | {row['ASR']:.3f} | "
+                         f"{row['images_per_second']:.{2 if row['images_per_second'] < 100 else 0}f} | "
+                         f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
+                         f"{1 - row['efficiency'] / row['lanes_full']:.0%} |")
+    return [*lines, "", source(record, "`benchmarks/throughput.py`, CIFAR-10, authors' ResNet-20")]
+
+
+def profile():
+    """What a call on a GPU consists of."""
+    parts = {"model": "model", "update of the images": "update", "schedule": "schedule",
+             "other": "other", "nothing runs": "gaps"}
+    return _table("profile_step_gpu", {
+        "lanes": lambda r: f"{r['lanes']:,}", "call, ms": lambda r: f"{r['ms_per_call']:.2f}",
+        **{f"{name}, ms": lambda r, part=part: f"{r[part + '_ms']:.2f}" for name, part in parts.items()}},
+        "`benchmarks/profile_step.py`, CIFAR-10, authors' ResNet-20")
 
 
 def imagenet():
     """The ImageNet protocol at 224 x 224 pixels."""
     record = json.loads((RESULTS / "imagenet_panels.json").read_text())
+    gpu = json.loads((RESULTS / "imagenet_panels_gpu.json").read_text())
+    kind = gpu["machine"]["device_kind"]
+    seconds = {row["attack"]: row["seconds_per_image_with_compilation"] for row in gpu["rows"]
+               if "seconds_per_image_with_compilation" in row}
     lines = ["| NIPS 2017 at 224 x 224, MobileNet, ImageNet preset | images | ASR | ACP | ANC | l2 | "
-             "d_{2,0} | gradients per image | seconds per image, with compilation |", "|---|---|---|---|---|---|---|---|---|"]
+             "d_{2,0} | gradients per image | seconds per image, with compilation | the same on an "
+             f"{kind} |", "|---|---|---|---|---|---|---|---|---|---|"]
     for row in record["rows"]:
         if "seconds_per_image_with_compilation" in row:
             lines.append(
                 f"| {row['attack']} | {row['images']} | {row['ASR']:.3f} | {row['ACP']:.0f} | "
                 f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
-                f"{row['evals_per_image']:.0f} | {row['seconds_per_image_with_compilation']:.0f} |")
+                f"{row['evals_per_image']:.0f} | {row['seconds_per_image_with_compilation']:.0f} | "
+                f"{seconds[row['attack']]:.1f} |")
     overlap = record["rows"][0]
     return [*lines, "", f"Of the changed pixels {overlap['CAM_overlap']:.0%} (untargeted) lie in the top "
             f"20 % of the class activation map; of the same mask anywhere "
             f"{overlap['CAM_overlap_anywhere']:.0%}. Targets: label + 857.", "",
-            source(record, "`benchmarks/imagenet_panels.py`")]
+            source(record, "`benchmarks/imagenet_panels.py`"), "",
+            source(gpu, "The last column")]
 
 
 def _attacks(record, first, rows=None):
@@ -194,7 +223,7 @@ def versus():
 
 def lanes():
     """Efficiency over lanes."""
-    return _table("throughput_cpu_untargeted_lanes", {
+    return _table("throughput_untargeted_lanes", {
         "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
         "efficiency": lambda r: f"{r['efficiency']:.2f}"},
@@ -202,13 +231,22 @@ def lanes():
 
 
 def memory():
-    """Peak memory."""
-    return _table("memory", {
+    """Peak memory of the host."""
+    return _memory("memory", "`benchmarks/memory.py`; the peak is above that of a process with JAX "
+                             "started")
+
+
+def memory_gpu():
+    """Peak memory of a GPU."""
+    return _memory("memory_gpu", "`benchmarks/memory.py`; memory of the device")
+
+
+def _memory(name, script):
+    return _table(name, {
         "images": lambda r: f"{r['images']:,}", "lanes": lambda r: str(r["lanes"]),
         "pixels": lambda r: f"{r['side']} x {r['side']}",
         "peak, MiB": lambda r: f"{r['peak_mib']:.0f}",
-        "of which images and results, MiB": lambda r: f"{r['images_mib']:.0f}"},
-        "`benchmarks/memory.py`; the peak is above that of a process with JAX started")
+        "images and results, MiB": lambda r: f"{r['images_mib']:.0f}"}, script)
 
 
 def compile_time():
@@ -223,14 +261,16 @@ def compile_time():
 def source(record, script):
     """One line that says what was measured where."""
     machine, versions = record["machine"], record["versions"]
-    return (f"({script}; {machine['cores']} {machine['cpu']} cores, {machine['platform']}, "
+    where = "cpu" if machine["platform"] == "cpu" else machine["device_kind"]
+    return (f"({script}; {machine['cores']} {machine['cpu']} cores, {where}, "
             f"JAX {versions['jax']}, {record['date']}, load average {record['load_average']:.1f}.)")
 
 
 def main():
     """Replace what stands between the markers."""
     for page, table in ((README, parity), (README, imagenet), (README, refined),
-                        (README, efficiency), (REFINEMENT, refinement), (SPEED, giving_up),
+                        (README, efficiency), (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu),
+                        (REFINEMENT, refinement), (SPEED, giving_up),
                         (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
                         (SPEED, memory), (SPEED, lanes), (SPEED, versus), (SPEED, compile_time)):
         name = table.__name__

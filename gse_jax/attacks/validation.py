@@ -75,7 +75,9 @@ def check_images(x, bounds) -> None:
     if is_traced(x) or x.shape[0] == 0:
         return
     low, high = bounds
-    lowest, highest = float(jnp.min(x)), float(jnp.max(x))
+    # Images in host memory stay there; an accelerator might not hold all of them.
+    array = np if isinstance(x, np.ndarray) else jnp
+    lowest, highest = float(array.min(x)), float(array.max(x))
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         first = int(np.argmax(~np.isfinite(np.asarray(x)).all(axis=(1, 2, 3))))
         raise ValueError(f"x must be finite, image {first} holds NaN or infinite pixels; "

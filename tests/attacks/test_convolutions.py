@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from gse_jax.attacks import convolutions
 from gse_jax.attacks.convolutions import canonical_convolutions
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -38,6 +39,12 @@ VARIANTS = {
 
 
 NCHW_TOO = ("pixel, padding and strides", "stride 2", "transposed", "grouped", "depthwise stride 2")
+
+
+@pytest.fixture(autouse=True)
+def small_kernels_too(monkeypatch):
+    """Those of the tests are smaller than what is worth it."""
+    monkeypatch.setattr(convolutions, "_SMALLEST", 0)
 
 
 def operands(groups=1, layout=NHWC, side=3):
@@ -181,6 +188,16 @@ def test_a_custom_derivative_stays_the_derivative():
     args = operands()
     args = args[0].at[0].set(0.0), args[1]  # relu's derivative at 0 is 0 by its own rule
     assert_close(outer(canonical_convolutions)(*args), outer(lambda f: f)(*args))
+
+
+def test_the_smallest_kernels_are_left_alone(monkeypatch):
+    x, k = operands()
+    fn = convolution(NCHW)
+    x, k = x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1)
+    for smallest, left in ((k.size, True), (k.size - 1, False)):
+        monkeypatch.setattr(convolutions, "_SMALLEST", smallest)
+        traced = jax.make_jaxpr(canonical_convolutions(fn))(x, k)
+        assert ("canonical_convolution" not in str(traced)) == left
 
 
 def test_models_without_convolutions_are_left_alone():
