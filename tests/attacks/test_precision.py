@@ -1,5 +1,7 @@
 """The precision of the loop, and the check after a coarse one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ import gse_jax
 from gse_jax import Status
 from gse_jax.attacks.algorithm import Outcome
 from gse_jax.attacks.precision import confirmed
+from gse_jax.evaluation.forward import Forward
+from gse_jax.metrics import adversarial_saliency
 from tests.toy_model import linear_logits, toy
 
 SHORT = gse_jax.GSESettings(num_runs=1, max_steps=3, phase1_steps=2)
@@ -24,6 +28,24 @@ def test_the_loop_multiplies_as_asked(precision, shown):
     convolutions = inside.count("canonical_convolution[")
     assert convolutions >= 4  # two layers, forward and backward
     assert inside.count(f"Precision.{shown}") >= 2 * convolutions
+
+
+ASKED = {
+    "evaluate": lambda p, f, x, y: Forward(p, f, x.shape[1:])._logits(p, x),
+    "differentiable_attack": lambda p, f, x, y: gse_jax.differentiable_attack(
+        p, f, x, y, tradeoff=1e-3, bounds=(-1.0, 1.0), num_steps=2).adversarials,
+    "implicit_attack": lambda p, f, x, y: gse_jax.implicit_attack(
+        p, f, x, y, adversarials=0.9 * x, bounds=(-1.0, 1.0)).adversarials,
+    "adversarial_saliency": lambda p, f, x, y: adversarial_saliency(p, f, x, y, (y + 1) % 5),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_wherever_else_the_model_is_asked_it_multiplies_in_float32(name):
+    params, apply_fn, x, y = toy(jnp.float32)
+    text = str(jax.make_jaxpr(lambda x: ASKED[name](params, apply_fn, x, y))(x))
+    layers = re.findall(r"(?:canonical_convolution|conv_general_dilated)\[.*?\]", text, re.DOTALL)
+    assert len(layers) >= 2 and all("Precision.HIGHEST" in layer for layer in layers)
 
 
 def test_what_does_not_hold_in_float32_is_not_found():

@@ -191,6 +191,7 @@ def test_the_result_of_an_attack_becomes_sparser_inside_the_caps(targeted):
     assert np.abs(np.asarray(capped.adversarials - x)).max() <= 0.9 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     """Linear model: the smallest l2 norm that fools is known."""
     random = np.random.default_rng(5)
@@ -293,7 +294,8 @@ def test_gse_refined_beats_gse_at_the_published_budget_on_the_toy():
     assert np.asarray(refined.gradient_evals)[found].max() <= 362
 
 
-@pytest.mark.parametrize("max_evals", [2, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_evals", [2, 9])
 def test_the_budget_is_never_exceeded_and_a_larger_one_finds_more(max_evals):
     """GSE's share included: with a small step GSE needs many steps to its first success."""
     params, apply_fn, x, y = toy(jnp.float32)

@@ -148,6 +148,7 @@ def test_the_objective_of_a_round_never_exceeds_its_average(groups):
     assert (np.asarray(state.search.phase) >= homotopy_search.CUT).any()
 
 
+@pytest.mark.slow
 def test_first_tradeoff_is_the_edge_of_the_first_step():
     rng = np.random.default_rng(0)
     gradient = jnp.asarray(rng.normal(size=(6, 6, 3)) * 100.0)
@@ -173,6 +174,7 @@ def test_tuning_stays_on_the_support_and_lowers_the_peak():
     np.testing.assert_allclose(moved, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_superpixels_reach_the_attack_on_every_way():
     """One call, a stream of batches, and the caller's own jit give the same images."""
     params, x, y = linear_problem()

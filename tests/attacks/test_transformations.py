@@ -47,6 +47,7 @@ def test_sweeps_sizes_and_repetition_compile_once():
     assert len(attack_traces(traces, 2)) == first
 
 
+@pytest.mark.slow
 def test_default_lanes_share_one_program_between_nearby_sizes():
     params, apply_fn, x, y, traces = counting_toy()
     for count in (17, 20, 30):  # 5, 5 and 8 images per device: 4 lanes, then 1
@@ -78,6 +79,7 @@ def test_vmap_over_hyperparams_equals_single_calls():
         np.testing.assert_allclose(swept.adversarials[i], one.adversarials, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_shard_map_by_the_caller():
     params, apply_fn, x, y = toy()
     x, y = jnp.tile(x, (2, 1, 1, 1))[:8], jnp.tile(y, 2)[:8]

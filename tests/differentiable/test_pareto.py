@@ -19,6 +19,7 @@ def test_pareto_set_keeps_what_nothing_dominates():
         [True, True, False, True, False, False])
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_attacks_at_its_points_in_one_program():
     keys = jax.random.split(jax.random.key(0), 3)
     params = (0.3 * jax.random.normal(keys[0], (192, 16), jnp.float64),

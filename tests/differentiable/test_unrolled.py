@@ -74,7 +74,7 @@ def along(jacobian, change):
     return sum(jax.tree.leaves(products))
 
 
-@pytest.mark.parametrize("name", STEP)
+@pytest.mark.parametrize("name", [pytest.param("params", marks=pytest.mark.slow), *list(STEP)[1:]])
 def test_reverse_equals_central_differences_and_forward(problem, functions, jacobian, name):
     arguments, _, _ = problem
     value, _, jvp = functions
@@ -106,6 +106,7 @@ def test_value_is_the_ordinary_attack(problem):
     assert bool((result.gap < 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targeted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_value_of_a_search_and_of_boosted_runs(targeted):
     """Trade-offs from searches; untargeted, some succeed in the boosted last runs only."""
@@ -185,6 +186,7 @@ def test_derivatives_stay_finite(case, shift, tradeoff):
                                    1.0 + kernel[:, 0] - kernel[:, 1])
 
 
+@pytest.mark.slow
 def test_prox_has_finite_second_derivatives_at_and_off_its_threshold():
     from gse_jax.ops import half_quasinorm_prox, half_quasinorm_threshold, two_thirds_quasinorm_prox
 

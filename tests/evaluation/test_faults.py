@@ -82,6 +82,7 @@ def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole,
     assert "18 samples could not be used and are quarantined" in run.warnings
 
 
+@pytest.mark.slow
 def test_corrupt_images_of_a_named_file_are_set_aside_too(tmp_path):
     """`attack` refuses such a file as a whole; `evaluate` must go on without the two images."""
     data = dataset()
@@ -307,6 +308,7 @@ def program(cache, then=None):
     return f"{sys.executable} -m tests.evaluation.small_run $1/run '{options}'"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_nothing_is_lost(whole, tmp_path, cache):
     """A small file system that fills up in the middle of the run, and is then freed."""
     (tmp_path / "disk").mkdir()

@@ -56,6 +56,7 @@ def test_eight_devices(whole, tmp_path, cache):
     assert run.manifest["machine"]["devices"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_of_jax_distributed(whole, tmp_path, cache):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -71,6 +71,7 @@ def test_gradient_is_the_slope_of_the_numpy_model(tmp_path):
     assert np.vdot(gradient, direction) == pytest.approx((ahead - behind) / (2 * step), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_see_its_batch(tmp_path):
     _, apply_fn, params = random_model(tmp_path, "resnet20")
     images = np.random.default_rng(3).uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)
