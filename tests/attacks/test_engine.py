@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,31 @@ def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
     result = ATTACK(params, noted, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat))
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
     assert seen >= widths and max(seen) == max(widths)
+
+
+def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch):
+    """With one that has no elements JAX 0.11 dies while it compiles for several devices."""
+    params, apply_fn, x, y = toy()
+    operands = []
+
+    def noted(*arguments, on_mesh=runner.on_mesh, **options):
+        run = on_mesh(*arguments, **options)
+
+        def lowered(*values):
+            head = re.search(r"manual_computation\((.*?)\)", run.lower(*values).as_text())
+            operands.extend(head[1].split(", "))
+            assert all(value.size for value in jax.tree.leaves(values))
+            return run(*values)
+
+        return lowered
+
+    def with_constants(params, images):
+        patch = jnp.zeros(images.shape[1:3]).at[0:2, 0:3].add(np.arange(6.0).reshape(2, 3))
+        return apply_fn(params, images + 0.0 * patch[None, ..., None])
+
+    monkeypatch.setattr(runner, "on_mesh", noted)
+    ATTACK(params, with_constants, x, y)
+    assert operands and all(operand.startswith("%arg") for operand in operands)
 
 
 def test_inside_the_callers_jit(expected):
