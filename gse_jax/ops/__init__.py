@@ -29,6 +29,7 @@ from gse_jax.ops.prox import (
     half_quasinorm_threshold,
     hard_threshold,
     soft_threshold,
+    survives_half_quasinorm,
     two_thirds_quasinorm_prox,
 )
 from gse_jax.ops.superpixels import (
@@ -91,6 +92,7 @@ __all__ = [
     "start_line_search",
     "superpixel_soft_threshold",
     "superpixel_sums",
+    "survives_half_quasinorm",
     "to_dual",
     "touched_patches",
     "two_thirds_quasinorm_prox",

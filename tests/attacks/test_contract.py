@@ -240,7 +240,7 @@ def test_lanes_devices_and_neighbours_do_not_matter(row):
 @pytest.mark.parametrize("num_images, shape", [
     pytest.param(1, (9, 9, 1), marks=pytest.mark.slow), (3, (9, 14, 3)),
     pytest.param(8, (12, 11, 3), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("row", SOME_ROWS)
+@pytest.mark.parametrize("row", ENGINE_ROWS)
 def test_odd_shapes_and_batches_on_a_linear_model(row, num_images, shape):
     """Images next to the boundary: every attack crosses it, inside its bounds."""
     rng = np.random.default_rng(num_images)
@@ -266,7 +266,7 @@ def test_already_misclassified_costs_one_evaluation(row):
     np.testing.assert_array_equal(result.forward_evals, 1)
 
 
-@pytest.mark.parametrize("row", SOME_ROWS)
+@pytest.mark.parametrize("row", ENGINE_ROWS)
 def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
     params, apply_fn, x, y = toy()
 

@@ -72,7 +72,8 @@ def test_a_long_queue_equals_single_images(expected):
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
 
 
-@pytest.mark.parametrize("repeat,widths", [(16, {16, 4, 1}), (8, {4, 1})])
+@pytest.mark.parametrize("repeat,widths", [
+    pytest.param(16, {16, 4, 1}, marks=pytest.mark.slow), (8, {4, 1})])
 def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
     """An accelerator's widths, its parking and the shorter copy of its outcomes, on 4 CPU devices."""
     params, apply_fn, x, y = toy()

@@ -100,6 +100,7 @@ def test_another_range_gives_the_same_relative_perturbation(bounds):
     assert float(b.adversarials.min()) >= low and float(b.adversarials.max()) <= high
 
 
+@pytest.mark.slow
 def test_images_on_the_border_stay_inside_exactly():
     params, x, y = problem(4, (12, 12, 3), seed=3)
     x = jnp.sign(x).astype(jnp.float32)  # every pixel at a bound

@@ -125,6 +125,7 @@ def test_a_run_of_sapf_alternates_and_tests_in_budget_only():
         before = state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [
     "superpixels", pytest.param("entries", marks=pytest.mark.slow)])
 def test_the_objective_of_a_round_never_exceeds_its_average(groups):

@@ -28,6 +28,7 @@ def attack_traces(traces, lanes):
     return [shape for shape in traces if shape[0] == lanes]
 
 
+@pytest.mark.slow
 def test_sweeps_sizes_and_repetition_compile_once():
     params, apply_fn, x, y, traces = counting_toy()
     _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)
@@ -58,6 +59,7 @@ def test_default_lanes_share_one_program_between_nearby_sizes():
     assert first > 0 and len(attack_traces(traces, 4)) == first
 
 
+@pytest.mark.slow
 def test_vmap_over_hyperparams_equals_single_calls():
     params, apply_fn, x, y = toy()
     _, hyperparams = gse_jax.preset("gse", "cifar10", targeted=False)

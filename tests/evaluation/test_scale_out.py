@@ -71,6 +71,7 @@ def test_two_processes_of_jax_distributed(whole, tmp_path, cache):
     assert [e["remaining"] for e in starts.values()] == [60, 60]
 
 
+@pytest.mark.slow
 def test_three_shards_of_which_one_is_killed_and_restarted(whole, tmp_path, cache):
     run_dir = tmp_path / "run"
     shards = [start(run_dir, cache=cache, shard=[i, 3], then="announce" if i == 1 else None)

@@ -53,7 +53,9 @@ def answers(case, folder):
     return golden, logits, gradient
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.endswith("small")])
+@pytest.mark.parametrize("case", [
+    pytest.param(c, marks=[pytest.mark.slow] if c.startswith(("resnet50", "vgg19", "wide")) else [])
+    for c in CASES if c.endswith("small")])
 def test_logits_and_input_gradients_equal_pytorch(tmp_path, case):
     golden, logits, gradient = answers(case, tmp_path)
     assert relative_errors(logits, golden["logits"]).max() < 1e-4

@@ -62,6 +62,19 @@ def test_derivative_matches_central_differences(name):
         np.testing.assert_allclose(exact, (by_v, by_t), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype, rounding", [(np.float64, 4e-15), (np.float32, 1e-6)])
+def test_the_half_quasinorm_equals_its_published_formula(dtype, rounding):
+    """From just above the threshold to a thousand thresholds, over many magnitudes."""
+    tradeoff = np.geomspace(1e-12, 1e6, 19)[:, None]
+    v = 54.0 ** (1 / 3) / 4 * tradeoff ** (2 / 3) * (1 + np.geomspace(1e-6, 1e3, 200))
+    angle = 2 / 3 * np.arccos(tradeoff / 8 * (v / 3) ** -1.5)
+    published = 2 / 3 * v * (1 + np.cos(2 * np.pi / 3 - angle))
+    z = jax.vmap(jax.vmap(ops.half_quasinorm_prox, (0, None)))(
+        jnp.asarray(v, dtype), jnp.asarray(tradeoff[:, 0], dtype))
+    assert z.dtype == dtype
+    np.testing.assert_allclose(z, published, rtol=rounding)
+
+
 def test_threshold_separates_zero_from_nonzero():
     for tradeoff in (1e-4, 0.2, 5.0):
         edge = ops.half_quasinorm_threshold(jnp.asarray(tradeoff))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gse_jax.ops import half_quasinorm_threshold
+from gse_jax.ops import survives_half_quasinorm
 
 
 class Search(NamedTuple):
@@ -124,8 +124,8 @@ def skip_dead_runs(search: Search, largest_gradient, settings, hyperparams) -> S
 
     def skip(_, search):
         size = step_size_of(search, settings, hyperparams)
-        still = size * largest_gradient <= half_quasinorm_threshold(search.tradeoff * size)
-        dead = can_die & still & (search.run < settings.num_runs)
+        moves = survives_half_quasinorm(size * largest_gradient, search.tradeoff * size)
+        dead = can_die & ~moves & (search.run < settings.num_runs)
         failed = run_ended(search, jnp.zeros((), bool))
         return jax.tree.map(lambda a, b: jnp.where(dead, a, b), failed, search)
 
