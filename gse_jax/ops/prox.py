@@ -82,7 +82,7 @@ def half_quasinorm_prox(v, tradeoff):
     root = 1.0 - 0.5 * kappa  # the first step from 1
     for _ in range(_NEWTON_STEPS):
         square = root * root
-        root = (2.0 * square * root - kappa) / (3.0 * square - 1.0)
+        root -= (root * (square - 1.0) + kappa) / (3.0 * square - 1.0)
     return jnp.where(active, v * (root * root), 0.0)
 
 
