@@ -58,6 +58,8 @@ def measure_real(kind, count, devices):
     params, apply_fn, x, y, bounds, name = results_file.network_and_images(400)
     x, y = np.asarray(x), np.asarray(y)
     settings = gse_jax.GSESettings(num_runs=SHORT_RUNS) if kind == "real" else None
+    if count in SMOKE_REAL_COUNTS:
+        settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3)
 
     def stretches(end):
         def batches():
