@@ -52,7 +52,7 @@ class Trace:
 
 
 def part_of(op_name):
-    """The part of the loop that an instruction belongs to; the innermost name counts last."""
+    """The part of the loop that an instruction belongs to, by the names in its `op_name`."""
     found = [part for part in PARTS if re.search(rf"/{part}[/)]|\({part}\)", op_name)]
     return found[0] if found else "other"
 

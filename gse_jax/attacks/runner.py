@@ -92,6 +92,7 @@ def _layout(num_images, lanes, image_shape):
         if platform == "cpu" and share <= _FEW:
             width = tail_width(num_images, CPU_TAIL_WIDTH, len(devices), "cpu")
         elif platform != "cpu" and share <= width:
+            # Half of them, because `tail_width` narrows where half of the lanes would idle.
             width = tail_width(-(-num_images // 2), width, len(devices), platform,
                                _narrowest(devices, image_shape))
         # A power of two, so that attacks on 40 and on 60 images share one program.
