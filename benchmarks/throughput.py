@@ -65,7 +65,7 @@ class Bare:
 
 
 class Stopwatch:
-    """Times the stretches between two calls of the attack's progress function."""
+    """Times the stretches between two calls of the attack's progress function, and what follows."""
 
     def __init__(self, bare):
         """Start."""
@@ -74,18 +74,22 @@ class Stopwatch:
         self.start = time.perf_counter()
 
     def __call__(self, progress):
+        self.lane_evals = progress.lane_evals
+        self.stop()
+
+    def stop(self):
         wall, after = time.perf_counter() - self.start, self.bare()
         self.wall += wall
         self.model_times += wall / (0.5 * (self.before + after))  # in bare evaluations
-        self.lane_evals, self.before = progress.lane_evals, after
-        self.start = time.perf_counter()
+        self.before, self.start = after, time.perf_counter()
 
 
 def measure(attack, bare, count, lanes):
     """One row."""
     attack(None, min(count, WARM))  # compiles all widths
     watch = Stopwatch(bare)
-    result = attack(watch)
+    result = jax.block_until_ready(attack(watch))
+    watch.stop()
     used = int(np.sum(result.gradient_evals))
     return {"images": count, "lanes": lanes, "devices": jax.device_count(),
             "ASR": float(np.mean(result.success)),

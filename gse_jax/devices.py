@@ -60,3 +60,15 @@ def hint_at_idle_cores(devices) -> None:
     _LOGGER.warning("gse_jax runs on one CPU device of a machine with %d cores; "
                     "gse_jax.use_all_cpu_cores() before the first use of JAX is up to twice as "
                     "fast", cores)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether the device ran out of memory.
+
+    Args:
+        error: what JAX raised.
+
+    Returns:
+        True for RESOURCE_EXHAUSTED.
+    """
+    return "RESOURCE_EXHAUSTED" in str(error)

@@ -1,6 +1,6 @@
 """The public calls: `attack` for arrays, `refine` for what an attack found, `attack_stream`."""
 
-import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Method, Sample
 from gse_jax.attacks.precision import check_precision, confirmed
-from gse_jax.attacks.program import Program, in_graph
+from gse_jax.attacks.program import Program, hashable, in_graph
 from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
@@ -23,27 +23,12 @@ from gse_jax.attacks.runner import (
     stream,
 )
 from gse_jax.attacks.segmentation import segments_of
+from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn, AttackResult, Bounds
 
 LARGEST_CIFAR_SIDE = 64  # pixels; larger images take the ImageNet preset
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ByIdentity:
-    """Makes a callable hashable that is not, e.g. a module holding arrays."""
-
-    fn: ApplyFn
-
-    def __call__(self, params, x):
-        return self.fn(params, x)
-
-
-def _hashable(apply_fn):
-    try:
-        hash(apply_fn)
-    except TypeError:
-        return _ByIdentity(apply_fn)
-    return apply_fn
 
 
 def attack(
@@ -91,7 +76,8 @@ def attack(
 
     Returns:
         AttackResult. Without explicit configuration the preset follows the image size (up to 64
-        pixels "cifar10", else "imagenet") and the direction; `result.preset` says which.
+        pixels "cifar10", else "imagenet") and the direction; `result.preset` says which. Results
+        that do not fit into an accelerator's memory stay NumPy arrays, with a warning.
 
     Runs on all local devices and returns to the host now and then. Under the caller's `jit`,
     `vmap` or `shard_map` it is one compiled loop on whatever device the caller's program runs.
@@ -209,6 +195,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     """
     bounds = validation.check_bounds(bounds)
     validation.check_lanes(lanes)
+    validation.check_num_images(num_images)
     check_precision(precision)
     image_shape = tuple(image_shape)
     validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
@@ -226,6 +213,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
             targets = sample.target if targeted else None
             _check_label_shapes(sample.y, targets, sample.x.shape[0])
             _check_label_values(sample.y, targets, setup.num_classes)
+            validation.check_labels("target", sample.target, sample.x.shape[0])
+            validation.check_sample_ids(sample.sample_id, sample.x.shape[0])
             yield Sample(sample.x, sample.y.astype(np.int32), sample.target.astype(np.int32),
                          sample.sample_id.astype(np.int32), setup.segment(sample.x))
 
@@ -293,9 +282,9 @@ class _Call:
             outcome = in_graph(setup.program, min(width, count))(*arguments)
         else:
             outcome = run(setup.program, *arguments, self.lanes, progress)
-        outcome = jax.tree.map(jnp.asarray, outcome)
         if self.precision != "highest" and count:
-            outcome = confirmed(self.params, setup.program.apply_fn, outcome, x, y, targets)
+            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets)
+        outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)
 
 
@@ -310,11 +299,24 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
     hyperparams = default_hyperparams if hyperparams is None else hyperparams
     row.check(settings, hyperparams, image_shape)
     num_classes = validation.check_model(params, apply_fn, image_shape, dtype)
-    program = Program(_hashable(apply_fn), row.bind, settings, targeted, bounds,
+    program = Program(hashable(apply_fn), row.bind, settings, targeted, bounds,
                       rewrite_convolutions=jax.default_backend() == "cpu", precision=precision)
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
     return _Setup(program, hyperparams, as_key(key), num_classes, name,
                   lambda x: segments_of(row, settings, x, bounds))
+
+
+def _on_device(outcome):
+    """Return JAX arrays, or the NumPy arrays that came where the device has no room for them."""
+    try:
+        return jax.block_until_ready(jax.tree.map(jnp.asarray, outcome))
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # Hours of work must not be lost now.
+        warnings.warn("the results do not fit into the device's memory and are returned as NumPy "
+                      "arrays; attack_stream takes any number of images", stacklevel=4)
+        return outcome
 
 
 def _check_label_shapes(y, targets, count):

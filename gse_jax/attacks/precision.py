@@ -61,7 +61,7 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
         params: the model's parameters.
         apply_fn: (params, x) -> logits.
         outcome: leading axis N; of a loop in lower precision.
-        x: [N, H, W, C] clean images; may be traced, as all of these.
+        x: [N, H, W, C] clean images; NumPy, or traced, as all of these.
         y: [N] true labels.
         targets: [N] classes aimed at, or None.
 
@@ -69,15 +69,18 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
         Outcome in which an image that no longer is adversarial counts as not found; `forward_evals`
         has this pass added.
     """
-    wanted = jnp.asarray(y if targets is None else targets).astype(jnp.int32)
+    # What is in host memory stays there; an accelerator might not hold all of it.
+    array = np if isinstance(outcome.success, np.ndarray) else jnp
+    wanted = array.asarray(y if targets is None else targets).astype(np.int32)
     holds = _holds(apply_fn, targets is not None)
-    parts = [holds(params, outcome.adversarials[i:i + _BATCH], wanted[i:i + _BATCH])
+    parts = [array.asarray(holds(params, outcome.adversarials[i:i + _BATCH], wanted[i:i + _BATCH]))
              for i in range(0, x.shape[0], _BATCH)]
-    lost = (outcome.status == Status.FOUND) & ~jnp.concatenate(parts)
+    # A clean image that only the coarser loop misclassified is lost too.
+    lost = outcome.success & ~array.concatenate(parts)
     return outcome._replace(
-        adversarials=jnp.where(lost[:, None, None, None], x, outcome.adversarials),
+        adversarials=array.where(lost[:, None, None, None], x, outcome.adversarials),
         success=outcome.success & ~lost,
-        status=jnp.where(lost, np.int32(Status.NOT_FOUND), outcome.status),
+        status=array.where(lost, np.int32(Status.NOT_FOUND), outcome.status),
         forward_evals=outcome.forward_evals + 1)
 
 

@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
-from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import multiplying
@@ -56,9 +55,49 @@ class Program:
                 return evaluate(algorithm, functools.partial(self.apply_fn, params), states, saved)
 
         if self.rewrite_convolutions:
+            # Here, because `jax.extend`, which it needs, takes a fourth of the time to import gse_jax.
+            from gse_jax.attacks.convolutions import canonical_convolutions
+
             evaluate_fn = canonical_convolutions(evaluate_fn)
         return drain(algorithm, functools.partial(evaluate_fn, params), lanes, queue,
                      capacity=capacity, max_iterations=max_iterations, loop=loop)
+
+
+class _SameObject:
+    """A model function that cannot be hashed, equal to another of the same object."""
+
+    def __init__(self, fn):
+        self._fn = fn
+
+    def __call__(self, params, x):
+        return self._fn(params, x)
+
+    def __eq__(self, other):
+        return isinstance(other, _SameObject) and self._fn is other._fn
+
+    def __hash__(self):
+        return id(self._fn)
+
+
+def hashable(apply_fn):
+    """Return a hashable version of a model function, so that compiled programs can be reused.
+
+    Args:
+        apply_fn: (params, x) -> logits.
+
+    Returns:
+        `apply_fn` itself where it can be hashed. Otherwise a function that compiles once for each
+        frozen object, such as an Equinox module, and anew in each call for others, which may have
+        been changed in between.
+    """
+    try:
+        hash(apply_fn)
+        return apply_fn
+    except TypeError:
+        kind = getattr(apply_fn, "__dataclass_params__", None)
+        if kind is not None and kind.frozen:
+            return _SameObject(apply_fn)
+        return lambda params, x: apply_fn(params, x)
 
 
 @functools.lru_cache(maxsize=32)

@@ -47,6 +47,9 @@ _CALLS = 32
 _CALLS_IN_TAIL = 8
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
 _LARGE_JOB = 4
+# Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
+# more than one in four calls. Dealt again when half of them are taken.
+_QUEUE_PER_LANE = 8
 _MANY_PLACES = 512  # for outcomes, per device, from which on only those that are written are copied
 _FEW = 8  # images per device up to which a CPU works at the width of the tail from the beginning
 
@@ -84,7 +87,7 @@ def _layout(num_images, lanes, image_shape):
         devices = devices[:lanes]
         return devices, -(-lanes // len(devices))
     width = default_lanes_per_device(_platform(devices), *image_shape[:2])
-    if num_images is not None:
+    if num_images:
         devices = devices[:num_images]
         share = -(-num_images // len(devices))
         platform = _platform(devices)
@@ -149,9 +152,10 @@ def _collect(finished) -> tuple[np.ndarray, Outcome] | None:
     if not counts.any():
         return None
     places = finished.sample_id.shape[0] // len(counts)
-    few = places // 8
-    # All places of many lanes are megabytes; two lengths, because each is a compilation.
-    length = few if places >= _MANY_PLACES and counts.max() <= few else places
+    length = places
+    # All places of many lanes are megabytes; few lengths, because each is a compilation.
+    while length >= _MANY_PLACES and 2 * counts.max() <= length:
+        length //= 2
 
     def rows(array):
         shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
@@ -205,6 +209,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
     platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
     tail = _CALLS_IN_TAIL if platform == "cpu" else _CALLS
     calls, calls_in_tail = (np.int32(max(2, n * 64 * 64 // pixels)) for n in (_CALLS, tail))
+    per_lane = min(_QUEUE_PER_LANE, int(calls))
     params, hyperparams, key, calls, calls_in_tail = jax.device_put(
         (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
     dealer = _Dealer(iter(batches), len(devices), sharding)
@@ -214,22 +219,23 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
     algorithm = program.algorithm(hyperparams, key)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
     state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
-    queue, unfinished = dealer.deal([0] * len(devices), 2 * width)
+    queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
     nothing = jax.eval_shape(jax.vmap(algorithm.finish), state.attack)
     nothing = jax.tree.map(lambda a: np.zeros((0, *a.shape[1:]), a.dtype), nothing)
     parked = None  # images of the tail that wait, half-way, for a lane
     while unfinished:
-        advance = on_mesh(program, mesh, capacity=3 * width)
+        advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
         state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
         ids, outcome = _collect(finished) or (np.zeros(0, np.int32), nothing)
         unfinished -= len(ids)
         yield Stretch(ids, outcome, width * int(np.asarray(made).sum()))
         begin = np.asarray(queue.begin)
         waiting = dealer.waiting(begin)
-        if min(waiting) == 0:
+        low = 2 * min(waiting) <= per_lane * width
+        if low:
             dealer.fill(1)
-        if min(waiting) == 0 and (dealer.stock or sum(waiting)):
-            queue, fresh = dealer.deal(begin, 2 * width)
+        if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
+            queue, fresh = dealer.deal(begin, per_lane * width)
             unfinished += fresh
         elif unfinished and not sum(waiting):
             narrow = tail_width(unfinished, width, len(devices), platform, narrowest)
@@ -237,10 +243,11 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
             # The states of an accelerator's lanes are megabytes: not for a few of them.
             least = 1 if platform == "cpu" else max(1, width // 8)
             if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices), least):
-                width = narrow
-                state, parked = pack(state, parked, width, len(devices))
+                state, parked = pack(state, parked, narrow, len(devices))
                 state = jax.device_put(state, sharding)
-                queue, _ = dealer.deal(begin, 2 * width)
+                if narrow < width:  # else the empty queue will do
+                    width = narrow
+                    queue, _ = dealer.deal(begin, per_lane * width)
 
 
 def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int | None,

@@ -48,6 +48,20 @@ def check_bounds(bounds) -> tuple[float, float]:
     return low, high
 
 
+def rounded(bounds, dtype) -> tuple[float, float]:
+    """Return bounds as images hold them.
+
+    Args:
+        bounds: (low, high).
+        dtype: of the images.
+
+    Returns:
+        (low, high) rounded to `dtype`: an image of 2.2 in float32 lies above 2.2 in float64.
+    """
+    low, high = np.asarray(bounds, dtype)
+    return float(low), float(high)
+
+
 def check_images(x, bounds) -> None:
     """Refuse images that are not [N, H, W, C] floats inside `bounds`.
 
@@ -74,7 +88,7 @@ def check_images(x, bounds) -> None:
                         "x.astype('float32') / 255 with bounds=(0., 1.)")
     if is_traced(x) or x.shape[0] == 0:
         return
-    low, high = bounds
+    low, high = rounded(bounds, x.dtype)
     # Images in host memory stay there; an accelerator might not hold all of them.
     array = np if isinstance(x, np.ndarray) else jnp
     lowest, highest = float(array.min(x)), float(array.max(x))
@@ -83,9 +97,11 @@ def check_images(x, bounds) -> None:
         raise ValueError(f"x must be finite, image {first} holds NaN or infinite pixels; "
                          "remove or repair it")
     if lowest < low or highest > high:
+        rounding = max(low - lowest, highest - high) < 1e-5 * (high - low)
+        fix = (f"that is rounding: use x.clip({low:.9g}, {high:.9g})" if rounding else
+               "pass the bounds of your images, and keep mean/std normalisation inside apply_fn")
         raise ValueError(f"x must lie inside bounds=({low:g}, {high:g}), got values from "
-                         f"{lowest:.9g} to {highest:.9g}; pass the bounds of your images, and keep "
-                         "mean/std normalisation inside apply_fn")
+                         f"{lowest:.9g} to {highest:.9g}; {fix}")
 
 
 def check_adversarials(adversarials, x, bounds) -> None:
@@ -108,7 +124,7 @@ def check_adversarials(adversarials, x, bounds) -> None:
                         f"{adversarials.dtype}; use adversarials.astype(x.dtype)")
     if is_traced(adversarials) or x.shape[0] == 0:
         return
-    low, high = bounds
+    low, high = rounded(bounds, x.dtype)
     inside = np.asarray((adversarials >= low) & (adversarials <= high)).all(axis=(1, 2, 3))
     if not inside.all():
         raise ValueError(f"adversarials must be finite and inside bounds=({low:g}, {high:g}), image "
@@ -136,6 +152,25 @@ def check_labels(name, labels, num_images):
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{name} must be integer class indices, got {labels.dtype}; "
                         f"use {name}.astype('int32')")
+
+
+def check_whole_numbers(settings, smallest: dict[str, int], prefix: str = "settings.") -> None:
+    """Refuse settings that are no whole numbers, or too small.
+
+    Args:
+        settings: static configuration.
+        smallest: field -> smallest value.
+        prefix: what messages put before the field.
+
+    Raises:
+        ValueError: naming the field. A loop of 12.5 steps would never end.
+    """
+    for name, low in smallest.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{prefix}{name}={value!r} must be a whole number >= {low}")
+        if value < low:
+            raise ValueError(f"{prefix}{name}={value} must be >= {low}")
 
 
 def check_model(params, apply_fn, image_shape, dtype) -> int:
@@ -213,6 +248,68 @@ def check_targets_differ(y, targets) -> None:
     if same.size:
         raise ValueError(f"targets must differ from y, image {int(same[0])} has both = "
                          f"{int(y[int(same[0])])}; e.g. targets=(y + 1) % num_classes")
+
+
+def check_sample_ids(ids, num_images) -> None:
+    """Refuse sample ids that are not [N] integers from 0 on.
+
+    Args:
+        ids: NumPy.
+        num_images: N.
+
+    Raises:
+        TypeError: for a dtype that is not an integer.
+        ValueError: for a wrong shape or a number outside int32; a negative one marks an idle lane.
+    """
+    check_labels("sample_id", ids, num_images)
+    if num_images and not 0 <= int(ids.min()) <= int(ids.max()) <= np.iinfo(np.int32).max:
+        raise ValueError(f"sample_id must lie in [0, {np.iinfo(np.int32).max}], got values from "
+                         f"{int(ids.min())} to {int(ids.max())}; number the images, and leave padding out")
+
+
+def check_num_images(num_images) -> None:
+    """Refuse a number of images that is none.
+
+    Args:
+        num_images: None or int.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if num_images is None:
+        return
+    if isinstance(num_images, bool) or not isinstance(num_images, (int, np.integer)) or num_images < 0:
+        raise ValueError(f"num_images must be a whole number >= 0 or None, got {num_images!r}")
+
+
+def check_problem(params, apply_fn, x, y, targets, bounds) -> int:
+    """Refuse images, labels and a model that do not fit together.
+
+    Args:
+        params: the model's parameters.
+        apply_fn: (params, x) -> logits.
+        x: [N, H, W, C].
+        y: [N] int.
+        targets: [N] int or None.
+        bounds: (low, high).
+
+    Returns:
+        Number of classes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or range.
+    """
+    labels = [("y", y)] + ([] if targets is None else [("targets", targets)])
+    check_images(x, bounds)
+    for name, values in labels:
+        check_labels(name, values, x.shape[0])
+    num_classes = check_model(params, apply_fn, x.shape[1:], x.dtype)
+    for name, values in labels:
+        check_label_values(name, values, num_classes)
+    if targets is not None:
+        check_targets_differ(y, targets)
+    return num_classes
 
 
 def check_lanes(lanes) -> None:

@@ -59,37 +59,13 @@ def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:
     low, high = validation.check_bounds(bounds)
     x, y = jnp.asarray(x), jnp.asarray(y)
     targeted = targets is not None
-    validation.check_images(x, (low, high))
-    validation.check_labels("y", y, x.shape[0])
-    if targeted:
-        targets = jnp.asarray(targets)
-        validation.check_labels("targets", targets, x.shape[0])
-    num_classes = validation.check_model(params, apply_fn, x.shape[1:], x.dtype)
-    validation.check_label_values("y", y, num_classes)
-    if targeted:
-        validation.check_label_values("targets", targets, num_classes)
-        validation.check_targets_differ(y, targets)
+    targets = jnp.asarray(targets) if targeted else None
+    validation.check_problem(params, apply_fn, x, y, targets, (low, high))
     y = y.astype(jnp.int32)
     goal = targets.astype(jnp.int32) if targeted else jnp.full_like(y, -1)
     # Mapped, so that fields GSE does not use get a leading axis too.
     samples = jax.vmap(Sample)(x, y, goal, jnp.arange(x.shape[0], dtype=jnp.int32))
     return Goal(targeted, (low, high)), samples
-
-
-def hashable(apply_fn):
-    """Return a hashable version of a model function, so that compiled programs can be reused.
-
-    Args:
-        apply_fn: (params, x) -> logits.
-
-    Returns:
-        `apply_fn` itself where it can be hashed. Otherwise a new function, which compiles anew.
-    """
-    try:
-        hash(apply_fn)
-    except TypeError:
-        return lambda params, x: apply_fn(params, x)
-    return apply_fn
 
 
 def configuration(image_shape, targeted, num_steps, settings, hyperparams,

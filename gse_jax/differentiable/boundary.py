@@ -46,7 +46,8 @@ from gse_jax.attacks import attack
 from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
-from gse_jax.differentiable.arguments import Goal, check_steps, hashable, problem
+from gse_jax.attacks.program import hashable
+from gse_jax.differentiable.arguments import Goal, check_steps, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
 from gse_jax.metrics import changed_mask
 from gse_jax.types import ApplyFn, Bounds

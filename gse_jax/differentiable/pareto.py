@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks import GSEHyperparams, attack
-from gse_jax.differentiable.arguments import configuration, hashable, problem
+from gse_jax.attacks.gse.settings import check
+from gse_jax.attacks.program import hashable
+from gse_jax.attacks.validation import is_traced
+from gse_jax.differentiable.arguments import configuration, problem
 from gse_jax.differentiable.unrolled import run_once
 from gse_jax.metrics import pareto_set, summary
 from gse_jax.types import ApplyFn, Bounds
@@ -119,11 +122,15 @@ def sweep(
     x, count = samples.x, np.shape(grid.mu)[0]
     first = GSEHyperparams(*(leaf[0] for leaf in grid))
     settings, _ = configuration(x.shape[1:], goal.targeted, None, settings, first, x.dtype)
+    for point in () if is_traced(grid) else zip(*map(np.asarray, grid), strict=True):
+        check(settings, GSEHyperparams(*point), x.shape[1:])
     if tradeoff is not None:
         tradeoff = jnp.asarray(tradeoff, x.dtype)
         if tradeoff.shape not in ((count,), (count, x.shape[0])):
             raise ValueError(f"tradeoff must be [G] or [G, N], got shape {list(tradeoff.shape)} "
                              f"for a grid of {count} and {x.shape[0]} images")
+        if not is_traced(tradeoff) and not np.all((tradeoff >= 0.0) & np.isfinite(tradeoff)):
+            raise ValueError("tradeoff must hold finite numbers >= 0")
         tradeoff = jnp.broadcast_to(tradeoff.reshape(count, -1), (count, x.shape[0]))
     traced = jax.tree.map(lambda leaf: jnp.asarray(leaf, x.dtype), grid)
     result = _attack_grid(params, samples, tradeoff, traced, apply_fn=hashable(apply_fn), goal=goal,

@@ -48,7 +48,8 @@ from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
-from gse_jax.differentiable.arguments import Goal, configuration, hashable, problem
+from gse_jax.attacks.program import hashable
+from gse_jax.differentiable.arguments import Goal, configuration, problem
 from gse_jax.ops import largest_active_tradeoff
 from gse_jax.types import ApplyFn, Bounds, Status
 

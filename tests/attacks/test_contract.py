@@ -357,7 +357,8 @@ def test_a_planted_backdoor_is_found(row):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "gse"])
 def test_wrong_configurations_are_refused_in_one_line(method):
-    for domain in ("original", "gse_paper", "cifar10", "imagenet"):
+    of_gse = method == "gse_refined"
+    for domain in ("cifar10", "imagenet", "imagenet_robust" if of_gse else "original"):
         for targeted in (False, True):
             settings, hyperparams = gse_jax.preset(method, domain, targeted)
             METHODS[method].check(settings, hyperparams, (224, 224, 3))

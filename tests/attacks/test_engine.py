@@ -11,14 +11,14 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import METHODS, attack_stream, runner
+from gse_jax.attacks import METHODS, api, attack_stream, runner
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
-from tests.toy_model import golden, toy
+from tests.toy_model import golden, linear_logits, toy
 
 # Short runs; images still end after different numbers of evaluations.
 SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)
@@ -352,6 +352,56 @@ def test_a_stream_is_pulled_as_lanes_fall_free_and_may_be_empty():
     next(iter(attack_stream(params, apply_fn, slow(), **options)))
     assert sum(pulled) < 20
     assert list(attack_stream(params, apply_fn, [], **options)) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(sample_id=np.asarray([0, -1, 2])), r"sample_id must lie in \[0, .*from -1 to 2"),
+    (dict(sample_id=np.asarray([0, 2**40, 2])), "sample_id must lie in"),
+    (dict(sample_id=np.arange(2)), "sample_id must have one entry per image"),
+    (dict(sample_id=np.arange(3.0)), "sample_id must be integer"),
+    (dict(target=np.full(2, -1)), "target must have one entry per image")])
+def test_ids_that_would_lose_images_are_refused(change, words):
+    params, apply_fn, x, y = toy()
+    (batch,) = batches(x, y, (3,))
+    with pytest.raises((ValueError, TypeError), match=words):
+        list(attack_stream(params, apply_fn, [batch._replace(**change)], image_shape=x.shape[1:],
+                           dtype=x.dtype, bounds=(-1.0, 1.0)))
+
+
+def test_a_known_number_of_images_may_be_zero():
+    params, apply_fn, x, _ = toy()
+    options = dict(image_shape=x.shape[1:], dtype=x.dtype)
+    assert list(attack_stream(params, apply_fn, [], num_images=0, **options)) == []
+    with pytest.raises(ValueError, match="num_images must be a whole number >= 0 or None, got -1"):
+        attack_stream(params, apply_fn, [], num_images=-1, **options)
+
+
+def test_short_attacks_keep_their_lanes_busy():
+    """A stretch of 32 calls takes more images than there are lanes; the queue must hold them."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(64, 5)).astype("f4")
+    x = rng.random((400, 8, 8, 1), np.float32)
+    y = (x.reshape(400, -1) @ weights).argmax(-1)
+    seen = []
+    result = gse_jax.attack((weights, np.zeros(5, "f4")), linear_logits, x, y, lanes=8,
+                            progress=seen.append,
+                            settings=GSESettings(num_runs=2, max_steps=5, phase1_steps=3))
+    used = int(result.forward_evals.sum())
+    assert used / len(x) < 12
+    assert used > 0.9 * seen[-1].lane_evals
+
+
+def test_results_that_do_not_fit_into_the_device_are_not_lost(expected, monkeypatch):
+    params, apply_fn, x, y = toy()
+
+    def full(tree):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(api.jax, "block_until_ready", full)
+    with pytest.warns(UserWarning, match="do not fit into the device's memory"):
+        result = ATTACK(params, apply_fn, x, y, lanes=1)
+    assert isinstance(result.adversarials, np.ndarray)
+    same(result, expected)
 
 
 def test_a_bad_batch_is_refused_when_it_comes():

@@ -67,6 +67,17 @@ def test_what_does_not_hold_in_float32_is_not_found():
     np.testing.assert_array_equal(checked.forward_evals, 7)
 
 
+def test_a_clean_image_that_only_the_coarse_loop_misclassified_is_no_success():
+    x = np.zeros((1, 8, 8, 1))
+    outcome = Outcome(x, np.asarray([True]), np.asarray([Status.ALREADY_MISCLASSIFIED], np.int32),
+                      *np.ones((2, 1), np.int32), np.zeros(1))
+    model = np.zeros((64, 2)), np.asarray([0.5, 0.0])
+    for y, right in ((0, True), (1, False)):
+        checked = confirmed(model, linear_logits, outcome, x, np.full(1, y), None)
+        assert bool(checked.success[0]) != right
+        assert checked.status[0] == (Status.NOT_FOUND if right else Status.ALREADY_MISCLASSIFIED)
+
+
 def test_the_check_knows_targets_batches_and_other_outcomes():
     """Each of 70 images should become the class it is not; every third does not."""
     kernel = np.zeros((64, 2))
@@ -82,7 +93,7 @@ def test_the_check_knows_targets_batches_and_other_outcomes():
     checked = confirmed(*arguments, y, 1 - y)
     np.testing.assert_array_equal(checked.success, holds)
     assert int(checked.status[3]) == Status.NON_FINITE
-    shown = str(jax.make_jaxpr(lambda x: confirmed(*arguments[:3], x, y, 1 - y))(arguments[3]))
+    shown = str(jax.make_jaxpr(lambda o, x: confirmed(*arguments[:2], o, x, y, 1 - y))(*arguments[2:]))
     assert "Precision.HIGHEST" in shown and "Precision.DEFAULT" not in shown
 
 

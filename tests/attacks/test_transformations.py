@@ -1,5 +1,8 @@
 """Compilation and the caller's transformations."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +115,27 @@ def test_forward_mode_through_the_attack():
     _, slope = jax.jvp(size, (1.0,), (1.0,))
     h = 1e-6
     np.testing.assert_allclose(slope, (size(1.0 + h) - size(1.0 - h)) / (2 * h), rtol=1e-5)
+
+
+def test_a_frozen_model_that_cannot_be_hashed_compiles_once():
+    """As an Equinox module that holds arrays. Another object may have changed, and compiles anew."""
+    params, apply_fn, x, y = toy()
+    traced = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Model:
+        weights: Any
+
+        def __call__(self, params, x):
+            traced.append(x.shape)
+            return apply_fn(self.weights, x)
+
+    model, counts = Model(params), []
+    for one in (model, model, Model(params)):
+        traced.clear()
+        gse_jax.attack((), one, x[:1], y[:1], settings=SETTINGS, bounds=(-1.0, 1.0))
+        counts.append(len(traced))
+    assert counts[0] == counts[2] > counts[1] == 1  # the check of the logits' shape
 
 
 def test_an_unhashable_model_is_accepted():

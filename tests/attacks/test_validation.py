@@ -1,5 +1,7 @@
 """Bad input is one clear line that names the argument and the fix, before anything compiles."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +112,35 @@ def test_lists_and_numpy_are_accepted():
     b = attack()
     np.testing.assert_array_equal(a.adversarials, b.adversarials)
     assert a.adversarials.dtype == jnp.float32 and a.status.dtype == jnp.int32
+
+
+def test_bounds_are_those_that_the_images_can_hold():
+    """2.2 in float32 lies above 2.2; images that touch it are inside."""
+    low, high = -1.8, 2.2
+    x = (X * 3).clip(low, high).astype("f4")
+    x[0, 0, 0], x[0, 0, 1] = low, high
+    assert float(x.max()) > high
+    params = (PARAMS[0] / 3, PARAMS[1])
+    y = np.asarray(linear_logits(params, jnp.asarray(x)).argmax(-1))
+    settings = gse_jax.GSESettings(num_runs=1, max_steps=2, phase1_steps=1)
+    result = gse_jax.attack(params, linear_logits, x, y, bounds=(low, high), settings=settings)
+    gse_jax.refine(params, linear_logits, x, result.adversarials, y, bounds=(low, high), max_evals=2)
+    x[0, 0, 1] = np.nextafter(x[0, 0, 1], np.float32(np.inf))
+    with pytest.raises(ValueError, match=r"x must lie inside bounds.*x.clip\(-1.79999995, 2.20000005\)"):
+        gse_jax.attack(params, linear_logits, x, y, bounds=(low, high), settings=settings)
+
+
+@pytest.mark.parametrize("field", ["num_runs", "max_steps", "blur_size"])
+@pytest.mark.parametrize("value", [12.5, 5.0, None, True, "3"])
+def test_settings_that_count_are_whole_numbers(field, value):
+    """A loop of 12.5 steps would never end."""
+    with pytest.raises(ValueError, match=f"settings.{field}={value!r} must be a whole number >= 1"):
+        attack(settings=dataclasses.replace(S, **{field: value}))
+
+
+@pytest.mark.parametrize("method, field", [("sigma_zero", "max_steps"), ("gse_refined", "max_evals"),
+                                           ("gse_refined", "search_runs"), ("pgd", "num_restarts")])
+def test_so_are_those_of_other_methods(method, field):
+    settings, _ = gse_jax.preset(method, "cifar10")
+    with pytest.raises(ValueError, match=f"{field}=2.5 must be a whole number"):
+        attack(method=method, settings=dataclasses.replace(settings, **{field: 2.5}))

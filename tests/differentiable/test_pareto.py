@@ -88,6 +88,11 @@ def test_bad_arguments_are_named_in_one_line():
             params, linear_logits, x, y, gse_jax.GSEHyperparams())),
         (ValueError, "tradeoff must be", lambda: differentiable.sweep(
             params, linear_logits, x, y, good, tradeoff=[1.0])),
+        (ValueError, "hyperparams.mu=-1 must be", lambda: differentiable.sweep(
+            params, linear_logits, x, y, differentiable.hyperparam_grid(
+                gse_jax.GSEHyperparams(), mu=[0.1, -1.0]))),
+        (ValueError, "tradeoff must hold finite numbers", lambda: differentiable.sweep(
+            params, linear_logits, x, y, good, tradeoff=[1.0, np.nan])),
         (ValueError, "patch_size=9", lambda: differentiable.smooth_patch_count(
             x, x, patch_size=9)),
     ]

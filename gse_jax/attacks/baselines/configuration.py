@@ -57,21 +57,6 @@ def check_types(method: str, settings, hyperparams, settings_type, hyperparams_t
                             f"start from gse_jax.preset({method!r}, 'gse_paper')")
 
 
-def check_at_least(settings, smallest: dict[str, int]) -> None:
-    """Refuse settings below their smallest value.
-
-    Args:
-        settings: static configuration.
-        smallest: field -> smallest value.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    for name, low in smallest.items():
-        if getattr(settings, name) < low:
-            raise ValueError(f"settings.{name}={getattr(settings, name)} must be >= {low}")
-
-
 def check_choice(settings, name: str, choices) -> None:
     """Refuse a setting that is not one of the choices.
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -120,7 +121,7 @@ def preset(domain: str, targeted: bool):
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("gsmd", settings, hyperparams, GSMDSettings, GSMDHyperparams)
-    configuration.check_at_least(settings, {"max_steps": 2, "cells_per_axis": 1})
+    validation.check_whole_numbers(settings, {"max_steps": 2, "cells_per_axis": 1})
     configuration.check_choice(settings, "groups", ("cells", "superpixels"))
     configuration.check_numbers(hyperparams, may_be_zero=("rate",))
     if settings.cells_per_axis > min(image_shape[:2]):

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -123,7 +124,7 @@ def preset(domain: str, targeted: bool):
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("fwnucl", settings, hyperparams, FWnuclSettings, FWnuclHyperparams)
-    configuration.check_at_least(settings, {"max_steps": 1, "num_trials": 1, "patch_size": 1})
+    validation.check_whole_numbers(settings, {"max_steps": 1, "num_trials": 1, "patch_size": 1})
     configuration.check_numbers(hyperparams)
     if settings.patch_size > min(image_shape[:2]):
         raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "

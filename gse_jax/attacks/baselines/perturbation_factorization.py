@@ -33,6 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.perturbation_factorization_steps import (
@@ -152,7 +153,7 @@ def preset(domain: str, targeted: bool):
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("sapf", settings, hyperparams, SAPFSettings, SAPFHyperparams)
-    configuration.check_at_least(settings, {"num_searches": 1, "rounds": 1, "magnitude_steps": 2,
+    validation.check_whole_numbers(settings, {"num_searches": 1, "rounds": 1, "magnitude_steps": 2,
                                             "selection_steps": 1, "num_segments": 1})
     configuration.check_range_width(settings)
     configuration.check_num_pixels(settings, image_shape)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -104,7 +105,7 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("pgd0", settings, hyperparams, PGD0Settings, PGD0Hyperparams)
     configuration.check_num_pixels(settings, image_shape)
-    configuration.check_at_least(settings, {"max_steps": 1, "num_restarts": 1})
+    validation.check_whole_numbers(settings, {"max_steps": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines import random_search_moves as moves
@@ -114,7 +115,7 @@ def check(settings, hyperparams, image_shape) -> None:
                               SparseRSHyperparams)
     configuration.check_choice(settings, "kind", ("l0", "patches", "frames"))
     configuration.check_num_pixels(settings, image_shape)
-    configuration.check_at_least(settings, {"max_queries": 1, "num_restarts": 1})
+    validation.check_whole_numbers(settings, {"max_queries": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams)
     height, width = image_shape[:2]
     if settings.max_queries > 200_000:  # the schedule counts to 10,000 times as many in int32

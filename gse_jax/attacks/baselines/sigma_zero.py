@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -103,7 +104,7 @@ def check(settings, hyperparams, image_shape) -> None:
     del image_shape  # Unused.
     configuration.check_types("sigma_zero", settings, hyperparams, SigmaZeroSettings,
                               SigmaZeroHyperparams)
-    configuration.check_at_least(settings, {"max_steps": 1})
+    validation.check_whole_numbers(settings, {"max_steps": 1})
     configuration.check_numbers(hyperparams, may_be_zero=("threshold", "threshold_rate"))
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -116,7 +117,7 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("saif", settings, hyperparams, SAIFSettings, SAIFHyperparams)
     configuration.check_num_pixels(settings, image_shape)
-    configuration.check_at_least(settings, {"max_steps": 1, "halvings": 0})
+    validation.check_whole_numbers(settings, {"max_steps": 1, "halvings": 0})
     configuration.check_numbers(hyperparams)
 
 

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -151,7 +152,7 @@ def check(settings, hyperparams, image_shape) -> None:
                               SparsePGDHyperparams)
     configuration.check_choice(settings, "structure", ("pixel", "row", "column", "patch"))
     configuration.check_num_pixels(settings, image_shape)
-    configuration.check_at_least(settings, {"max_steps": 1, "patience": 1, "stride": 1})
+    validation.check_whole_numbers(settings, {"max_steps": 1, "patience": 1, "stride": 1})
     configuration.check_numbers(hyperparams)
     pattern, stride = block_of(settings, image_shape)
     if pattern.ndim != 2 or not pattern.any():

@@ -43,6 +43,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
@@ -178,7 +179,7 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("strattack", settings, hyperparams, StrAttackSettings,
                               StrAttackHyperparams)
-    configuration.check_at_least(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
+    validation.check_whole_numbers(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
                                             "num_retrainings": 0, "retrain_steps": 1,
                                             "cell_size": 1, "retrain_patience": 0,
                                             "test_interval": 1, "gradient_interval": 1})

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks.validation import check_whole_numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class GSESettings:
@@ -117,9 +119,7 @@ def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> No
                         "start from gse_jax.preset('gse', 'cifar10', targeted=False)")
     smallest = {"num_runs": 1, "max_steps": 1, "phase1_steps": 0, "num_boosted_runs": 0,
                 "blur_size": 1, "patch_size": 1, "give_up_window": 0}
-    for name, low in smallest.items():
-        if getattr(settings, name) < low:
-            raise ValueError(f"settings.{name}={getattr(settings, name)} must be >= {low}")
+    check_whole_numbers(settings, smallest)
     for name, value in hyperparams._asdict().items():
         if jnp.shape(value) != ():
             raise ValueError(f"hyperparams.{name} must be one number, got shape "

@@ -26,6 +26,7 @@ from gse_jax.attacks.refinement.settings import (
     RefineHyperparams,
     RefineSettings,
 )
+from gse_jax.attacks.validation import check_whole_numbers
 from gse_jax.types import Status
 
 
@@ -87,8 +88,7 @@ def preset(domain: str, targeted: bool):
     """Return GSE's published configuration and the refinement's, with the published budget.
 
     Args:
-        domain: as for GSE: "cifar10", "imagenet" or "imagenet_robust"; "gse_paper" and "original"
-            are "cifar10".
+        domain: as for GSE: "cifar10", "imagenet" or "imagenet_robust".
         targeted: direction of the attack.
 
     Returns:
@@ -97,8 +97,7 @@ def preset(domain: str, targeted: bool):
     Raises:
         ValueError: for an unknown domain.
     """
-    same = {"gse_paper": "cifar10", "original": "cifar10"}  # for tables of many attacks
-    settings, hyperparams = gse_configuration.preset(same.get(domain, domain), targeted)
+    settings, hyperparams = gse_configuration.preset(domain, targeted)
     evals = PUBLISHED_EVALS_TARGETED if targeted else PUBLISHED_EVALS
     return (GSERefinedSettings(**dataclasses.asdict(settings), max_evals=evals),
             GSERefinedHyperparams(**hyperparams._asdict()))
@@ -111,8 +110,7 @@ def check(settings, hyperparams, image_shape) -> None:
         if not isinstance(value, expected):
             raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}; "
                             "start from gse_jax.preset('gse_refined', 'cifar10')")
-    if settings.search_runs < 1:
-        raise ValueError(f"settings.search_runs={settings.search_runs} must be >= 1")
+    check_whole_numbers(settings, {"search_runs": 1})
     of_gse, of_refinement = _parts(hyperparams)
     gse_configuration.check(settings, of_gse, image_shape)
     configuration.check(settings, of_refinement, image_shape)

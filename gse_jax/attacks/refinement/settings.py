@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks.validation import check_whole_numbers
+
 OBJECTIVES = ("patches", "pixels", "clusters", "l2")
 MOVES = ("shrink", "relocate", "thin", "scale")
 
@@ -99,9 +101,8 @@ def check(settings: RefineSettings, hyperparams: RefineHyperparams, image_shape)
     if unknown:
         raise ValueError(f"settings.moves holds {sorted(unknown)[0]!r}; "
                          f"use {', '.join(map(repr, MOVES))}")
-    for name in ("max_evals", "max_repairs", "max_failures", "patch_size"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must be >= 1")
+    counts = ("max_evals", "max_repairs", "max_failures", "patch_size")
+    check_whole_numbers(settings, dict.fromkeys(counts, 1), prefix="")
     if not settings.scales or min(settings.scales) <= 0.0:
         raise ValueError(f"settings.scales={settings.scales} must hold positive numbers of pixels, "
                          "e.g. (3.0, 1.0, 2.0)")
