@@ -133,3 +133,7 @@ class Record(TypedDict):
     patch_count: int | None
     reason: str | None
     array: list[Any] | None
+
+
+class StoreError(RuntimeError):
+    """The run directory cannot be used; the message says in one line what to do."""

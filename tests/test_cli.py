@@ -114,6 +114,14 @@ def test_bad_input_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content", ["1\n2\n", "1 2\n3 4\n5 6\n"])
+def test_targets_that_do_not_fit_the_images_are_refused(content, tmp_path, capsys):
+    (tmp_path / "targets.txt").write_text(content)
+    assert cli.main(["attack", "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                     "--limit", "3", "--targets", str(tmp_path / "targets.txt")]) == 2
+    assert "expected one class for each of the 3 images" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "adversarials.npz").write_text("<html>not found</html>")
     assert cli.main(["explain", str(tmp_path)]) == 2

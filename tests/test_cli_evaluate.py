@@ -80,11 +80,33 @@ def test_check_passes_the_embedded_model_and_refuses_a_wrong_range(capsys, tmp_p
       "a"], "--offsets"),
     (["evaluate", "--data", "digits", "--model", "resnet20", "--weights", "digits", "--shard",
       "3/3"], "shard"),
+    (["evaluate", "--plan", "plan.toml", "--limit", "10"], "--limit is given beside --plan"),
+    (["check", "--plan", "plan.toml", "--expected-accuracy", "0.9"], "--expected-accuracy is given"),
+    (["evaluate", "--data", "digits", "--model", "resnet20", "--weights", "digits", "--limit", "2",
+      "--out", "file/run"], "cannot write file/run"),
     (["verify", "/nowhere"], "/nowhere"),
     (["report", "/nowhere"], "/nowhere"),
 ])
 def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_check_reads_as_evaluate_does(tmp_path, capsys):
+    """A folder named by the plan, and an image that cannot be used."""
+    import numpy as np
+
+    from gse_jax import data
+
+    images = data.load("digits", limit=30)
+    x = images.images.copy()
+    x[7] = np.nan
+    np.savez(tmp_path / "some.npz", x=x, y=images.labels)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"data": "npz:some.npz", "data_dir": str(tmp_path), "model": "resnet20",
+                                "weights": "digits"}))
+    assert cli.main(["check", "--plan", str(plan)]) == 0
+    assert "1 of 30 images cannot be used; the first is '000007'" in capsys.readouterr().out

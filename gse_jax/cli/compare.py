@@ -16,8 +16,9 @@ def add_commands(commands) -> None:
     _add_common(compare, out="gse-compare")
     compare.add_argument("--offsets", help="targeted at label + 1, + 3, ... as 1,3; default "
                                            "untargeted")
-    compare.add_argument("--preset", default="gse_paper",
-                         help="gse_paper (default: settings of the paper's comparison) or original")
+    compare.add_argument("--preset", default="gse_paper", choices=("gse_paper", "original"),
+                         help="settings of the paper's comparison at the image size (default), or of "
+                              "each attack's authors")
     compare.set_defaults(run=_compare)
     front = commands.add_parser("pareto", help="sparsity against the l2 norm: gse_refined under "
                                                "several caps, other attacks as points")
@@ -91,7 +92,7 @@ def _pareto(args):
         front = evaluation.pareto(
             params, apply_fn, images.images, images.labels, targets=targets, max_l2=caps,
             methods=None if args.methods == "all" else args.methods.split(","), key=args.seed,
-            domain="gse_paper", lanes=args.lanes, progress=progress)
+            lanes=args.lanes, progress=progress)
     folder = Path(args.out)
     written = report.write_table(front.rows(), folder / "front", left=1)
     names = np.asarray(front.methods)

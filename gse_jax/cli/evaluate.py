@@ -53,6 +53,14 @@ def add_commands(commands) -> None:
     report.set_defaults(run=_report)
 
 
+_CHECKED_IMAGES = 2048  # at most, spread over the data: 1.2 GB at 224 x 224 pixels
+
+# What a plan says, and the value of a flag that was not given.
+_PLAN_FLAGS = {"data": "", "model": None, "weights": None, "normalize": None, "limit": None,
+               "expected_accuracy": None, "method": "gse", "offsets": None, "target_file": "",
+               "lanes": None, "seed": 0}
+
+
 def _add_plan_flags(parser):
     parser.add_argument("--data", default="", help=options.DATA)
     options.add_model(parser, required=False, hint="")
@@ -65,6 +73,11 @@ def _plan(args):
     from gse_jax.evaluation import Plan, load_plan
 
     if args.plan:
+        given = next((flag for flag, default in _PLAN_FLAGS.items()
+                      if getattr(args, flag, default) != default), None)
+        if given:
+            raise ValueError(f"--{given.replace('_', '-')} is given beside --plan, which says it "
+                             f"already; write it into {args.plan}")
         return load_plan(args.plan)
     for name in ("data", "model", "weights"):
         if not getattr(args, name):
@@ -101,14 +114,9 @@ def _evaluate(args):
 
 
 def _check(args):
-    from gse_jax import data, models
-    from gse_jax.evaluation import check
+    from gse_jax.evaluation.job import preflight, set_up
 
-    plan = _plan(args)
-    images = data.load(plan.data, limit=plan.limit)
-    apply_fn, params = models.load(plan.model, weights=plan.weights, normalize=plan.normalize)
-    findings = check(params, apply_fn, images.images, images.labels, bounds=plan.bounds,
-                     expected_accuracy=plan.expected_accuracy)
+    findings = preflight(set_up(_plan(args)), num_images=_CHECKED_IMAGES)
     for finding in findings:
         print(f"{finding.severity}: {finding.name}: {finding.message} {finding.fix}".rstrip())
     worst = [f for f in findings if f.severity == "error"]

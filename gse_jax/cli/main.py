@@ -18,6 +18,7 @@ def main(argv=None) -> int:
     """
     args = _parser().parse_args(argv)
     from gse_jax.devices import use_all_cpu_cores, use_compilation_cache
+    from gse_jax.types import StoreError
 
     with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
         use_all_cpu_cores()
@@ -25,7 +26,7 @@ def main(argv=None) -> int:
         use_compilation_cache(args.compilation_cache)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, StoreError) as error:
         print(f"gse-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -46,6 +46,9 @@ def targets(text, y, num_classes):
         targets = np.loadtxt(text, dtype=np.int32, ndmin=1)
     except ValueError as error:
         raise ValueError(f"--targets {text}: expected one class number a line; {error}") from None
+    if targets.ndim != 1 or len(targets) < len(y):
+        raise ValueError(f"--targets {text}: has shape {list(targets.shape)}, expected one class "
+                         f"for each of the {len(y)} images; add the missing lines")
     return targets[:len(y)]
 
 

@@ -7,21 +7,19 @@
 import json
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks import Progress, attack
-from gse_jax.attacks.precision import full_precision
+from gse_jax.attacks import Progress, attack, validation
+from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import Summary, summary
 from gse_jax.types import ApplyFn, Status
-
-_BATCH = 256  # images per forward pass outside the attack
-
 
 class AttackRun(NamedTuple):
     """Images, what became of them, and what the model says: NumPy arrays with leading axis N.
@@ -33,7 +31,8 @@ class AttackRun(NamedTuple):
         adversarials: [N, H, W, C].
         success: [N] bool; the fresh pass's word: not `y`, or the target.
         status: [N], gradient_evals: [N], forward_evals: [N], tradeoff: [N]: as in AttackResult.
-        predictions_before: [N] predicted classes of `x`, from a pass of their own.
+        predictions_before: [N] predicted classes of `x`, from a pass of their own; -1 where the
+            logits are not finite.
         predictions_after: [N] of `adversarials`.
         confidences_before: [N] probability of the predicted class.
         confidences_after: [N].
@@ -76,25 +75,17 @@ def predict(params, apply_fn: ApplyFn, x) -> tuple[np.ndarray, np.ndarray]:
         x: [N, H, W, C].
 
     Returns:
-        (classes [N] int32, probabilities of these classes [N]); probability NaN where the logits
+        (classes [N] int32, probabilities of these classes [N] float32); -1 and NaN where the logits
         are not finite.
     """
-    step = jax.jit(lambda params, x: _top(full_precision(apply_fn)(params, x)))
-    labels, confidences = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-    for start in range(0, len(x), _BATCH):
-        batch = np.asarray(x[start:start + _BATCH])
-        # The last batch is padded with its first image, so that one shape is compiled.
-        padded = np.concatenate([batch, np.repeat(batch[:1], min(_BATCH, len(x)) - len(batch), 0)])
-        label, confidence = step(params, padded)
-        labels.append(np.asarray(label)[:len(batch)])
-        confidences.append(np.asarray(confidence)[:len(batch)])
-    return np.concatenate(labels), np.concatenate(confidences)
+    return _classified(Forward(params, apply_fn, x.shape[1:]), x)
 
 
-def _top(logits):
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    return (jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            jnp.max(probabilities, axis=-1).astype(jnp.float32))
+def _classified(forward, x):
+    if not len(x):
+        return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    found = forward(x)
+    return found.classes.astype(np.int32), found.confidences.astype(np.float32)
 
 
 def next_class(y, num_classes: int) -> np.ndarray:
@@ -133,7 +124,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
 
     Returns:
         AttackRun. Images that the model misclassifies are not attacked and come back unchanged
-        as ALREADY_MISCLASSIFIED. An image whose success does not hold in the fresh pass over the
+        as ALREADY_MISCLASSIFIED, those with logits that are not finite as NON_FINITE. An image whose success does not hold in the fresh pass over the
         stored arrays (which may round differently) is counted as not found.
 
     Raises:
@@ -141,20 +132,23 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         ValueError: as `gse_jax.attack`.
     """
     x, y = np.asarray(x), np.asarray(y)
-    before = predict(params, apply_fn, x)
+    targets = None if targets is None else np.asarray(targets)
+    validation.check_problem(params, apply_fn, x, y, targets, validation.check_bounds(bounds))
+    forward = Forward(params, apply_fn, x.shape[1:])
+    before = _classified(forward, x)
     chosen = np.flatnonzero(before[0] == y)
     start = time.perf_counter()
     result = attack(params, apply_fn, x[chosen], y[chosen],
-                    targets=None if targets is None else np.asarray(targets)[chosen],
+                    targets=None if targets is None else targets[chosen],
                     method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
                     key=key, lanes=lanes, progress=progress)
     adversarials = x.copy()
     adversarials[chosen] = np.asarray(result.adversarials)
     seconds = time.perf_counter() - start
-    after = predict(params, apply_fn, adversarials)
-    fooled = after[0] == np.asarray(targets) if targets is not None else after[0] != y
-    fooled &= np.isfinite(after[1])
-    status = np.full(len(x), Status.ALREADY_MISCLASSIFIED, np.int32)
+    after = _classified(forward, adversarials)
+    fooled = after[0] == targets if targets is not None else after[0] != y
+    fooled &= after[0] >= 0
+    status = np.where(before[0] < 0, Status.NON_FINITE, Status.ALREADY_MISCLASSIFIED).astype(np.int32)
     # A success that does not survive the fresh pass is none.
     status[chosen] = np.where((np.asarray(result.status) == Status.FOUND) & ~fooled[chosen],
                               Status.NOT_FOUND, result.status)
@@ -173,7 +167,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
              "jax": jax.__version__}
     return AttackRun(
         x=x, y=y.astype(np.int32),
-        targets=np.full(len(x), -1, np.int32) if targets is None else np.asarray(targets, np.int32),
+        targets=np.full(len(x), -1, np.int32) if targets is None else targets.astype(np.int32),
         adversarials=adversarials, success=fooled, status=status,
         gradient_evals=spread(result.gradient_evals), forward_evals=spread(result.forward_evals),
         tradeoff=spread(result.tradeoff),
@@ -227,8 +221,9 @@ def load_run(path) -> AttackRun:
         raise FileNotFoundError(f"no run at {path}; expected the npz file of gse-jax attack, "
                                 "or its folder")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file open that is no archive.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             fields = {name: file[name] for name in AttackRun._fields}
         return AttackRun(**{**fields, "about": json.loads(str(fields["about"]))})
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a run of gse-jax attack: {error}") from None

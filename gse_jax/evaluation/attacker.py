@@ -14,8 +14,9 @@ import numpy as np
 from gse_jax.attacks import Sample, attack_stream
 from gse_jax.attacks.algorithm import Outcome
 from gse_jax.attacks.runner import default_lanes_per_device
+from gse_jax.devices import is_out_of_memory
 from gse_jax.evaluation.cases import Case, Group
-from gse_jax.evaluation.forward import Forward, is_out_of_memory
+from gse_jax.evaluation.forward import Forward
 from gse_jax.evaluation.measuring import Attacked, Task, settled
 from gse_jax.evaluation.sources import Read
 from gse_jax.evaluation.store import Finished
@@ -64,7 +65,8 @@ class Attacker:
 
     def __init__(self, model: Model, group: Group, forward: Forward, *, num_samples: int, seed: int,
                  lanes: int | None,
-                 on_out_of_memory: Callable[[int], None] = lambda lanes: None):
+                 on_out_of_memory: Callable[[int], None] = lambda lanes: None,
+                 on_settled: Callable[[Advance], None] | None = None):
         """Prepare; nothing is computed.
 
         Args:
@@ -75,6 +77,8 @@ class Attacker:
             seed: of the run.
             lanes: images worked on at a time; None for a default.
             on_out_of_memory: told the new number of lanes when there was no room for the old.
+            on_settled: given samples that need no attack as soon as they are known, which may be
+                long before the next one that does; None leaves them to the next Advance.
 
         Raises:
             ValueError: if N is too large to number all (target, sample) pairs.
@@ -82,6 +86,7 @@ class Attacker:
         self._model, self._group, self._forward = model, group, forward
         self._num_samples, self._seed = num_samples, seed
         self.lanes, self._on_out_of_memory = lanes, on_out_of_memory
+        self._on_settled = on_settled
         if num_samples * (1 + max(case.offset for case in group.cases)) > np.iinfo(np.int32).max:
             raise ValueError(f"data: {num_samples} samples times the largest offset exceed int32; "
                              "split the data into several runs")
@@ -169,6 +174,8 @@ class Attacker:
                 return None
             self._waiting.extend(self._classified(self._chunk))
             self._chunk = []
+            if self._on_settled is not None and self._settled:
+                self._on_settled(Advance(self._drain(), [], 0))
         return self._waiting.popleft()
 
     def _classified(self, chunk) -> Iterator[tuple[Task, Sample]]:

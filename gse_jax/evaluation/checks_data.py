@@ -118,7 +118,7 @@ def check_range(x, bounds):
     Returns:
         List of at most one `Finding`.
     """
-    low, high = bounds
+    low, high = bounds = validation.rounded(bounds, x.dtype)
     lowest, highest = float(x.min()), float(x.max())
     spans = f"The images span {lowest:.4g} to {highest:.4g}"
     if lowest < low or highest > high:

@@ -4,16 +4,18 @@ References:
     arXiv 2311.17434, section 5 (tables 1 to 4).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gse_jax import metrics
-from gse_jax.attacks import default_domain, preset
+from gse_jax.attacks import METHODS, default_domain, preset
 from gse_jax.evaluation.attack_run import AttackRun, run_attack
 from gse_jax.types import Status
 
+_DOMAINS = ("gse_paper", "original", "cifar10", "imagenet", "imagenet_robust")
 BUDGETS = (8, 16, 24, 50)  # pixels at which success rates are compared
 
 # (key of the row, field of ImageMetrics)
@@ -48,8 +50,8 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
         y: as in `gse_jax.attack`.
         methods: names of attacks.
         offsets: targeted at label + k modulo the classes for each k; empty for untargeted.
-        domain: preset of all attacks that know it, e.g. "original"; None, and for the others, the
-            default of the image size.
+        domain: preset of all attacks that know it, e.g. "original"; None or "gse_paper", and for
+            the others, the settings of the paper's comparison at the image size.
         bounds: as in `gse_jax.attack`.
         key: as in `gse_jax.attack`.
         lanes: as in `gse_jax.attack`.
@@ -61,14 +63,13 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
         Comparison, in the order of `methods`. The seconds in a row include compilation.
 
     Raises:
-        ValueError: for an unknown method, before anything runs.
+        ValueError: for an unknown method or domain, before anything runs.
+        ImportError: if scikit-image is missing for a method with superpixels, likewise.
     """
-    default = default_domain(np.shape(x)[1:])
-    for method in methods:
-        preset(method, default, bool(offsets))  # unknown names end the comparison at once
+    configurations = configurations_of(methods, domain, np.shape(x)[1:], bool(offsets))
     y = np.asarray(y)
     for method in methods:
-        settings, hyperparams = _configuration(method, domain, default, bool(offsets))
+        settings, hyperparams = configurations[method]
         show = progress(method) if progress else None
         options = dict(method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
                        key=key, lanes=lanes, progress=show)
@@ -81,11 +82,37 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
             yield Comparison(method, (run,), (_row(method, run, budgets),))
 
 
-def _configuration(method, domain, default, targeted):
-    try:
-        return preset(method, domain or default, targeted)
-    except ValueError:
-        return preset(method, default, targeted)
+def configurations_of(methods: Sequence[str], domain: str | None, image_shape,
+                      targeted: bool) -> dict[str, tuple[Any, Any]]:
+    """Return (settings, hyperparams) of many attacks on the same images.
+
+    Args:
+        methods: names of attacks.
+        domain: as in `compare`.
+        image_shape: (H, W, C).
+        targeted: direction.
+
+    Returns:
+        Method name -> (settings, hyperparams).
+
+    Raises:
+        ValueError: for an unknown method or domain.
+        ImportError: if scikit-image is missing for a method with superpixels.
+    """
+    if domain not in (None, *_DOMAINS):
+        raise ValueError(f"domain={domain!r} is unknown; use one of "
+                         f"{', '.join(map(repr, _DOMAINS))}")
+    found = {}
+    for method in methods:
+        # An unknown name is an error; an attack without this preset takes its default.
+        found[method] = preset(method, default_domain(image_shape), targeted)
+        if domain not in (None, "gse_paper"):
+            with contextlib.suppress(ValueError):
+                found[method] = preset(method, domain, targeted)
+        if METHODS[method].segment is not None:
+            # Without images: whether scikit-image is there, if these settings need it.
+            METHODS[method].segment(found[method][0], np.zeros((0, *image_shape), np.float32))
+    return found
 
 
 def _row(method, run, budgets):

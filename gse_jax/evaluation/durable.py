@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
-class StoreError(RuntimeError):
-    """The run directory cannot be used; the message says in one line what to do."""
+from gse_jax.types import StoreError
 
 
 _MEANINGS = {

@@ -211,14 +211,17 @@ def _run_here(job: Job, work, run_dir, writer, recorder, forward, moved):
         limit = lanes
         writer.event("out_of_memory", lanes=lanes, device_kind=kind)
 
+    def take(advance):
+        recorder.add(advance)
+        moved()
+
     limit = _remembered_lanes(run_dir, kind, job.plan.lanes)
     for part in work:
         count = int(part.todo.sum())
         attacker = Attacker(job.model, part.group, forward, num_samples=job.num_samples,
-                            seed=job.plan.seed, lanes=limit, on_out_of_memory=note)
+                            seed=job.plan.seed, lanes=limit, on_out_of_memory=note, on_settled=take)
         for advance in attacker.run(part.samples(job), count) if count else ():
-            recorder.add(advance)
-            moved()
+            take(advance)
 
 
 def _remembered_lanes(run_dir: Path, kind: str, lanes: int | None) -> int | None:

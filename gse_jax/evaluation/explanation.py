@@ -61,9 +61,9 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
         raise ValueError("run has no images to explain; attack at least one")
     found = run.status == Status.FOUND
     goals = np.where(run.targets >= 0, run.targets, run.predictions_after)
-    # Aiming at the true class would be a map of nothing; that happens for failures only.
+    # Aiming at the true class, or at none, would be a map of nothing; that happens for failures only.
     num_classes = jax.eval_shape(apply_fn, params, run.x[:1]).shape[-1]
-    goals = np.where(goals == run.y, (run.y + 1) % num_classes, goals)
+    goals = np.where((goals == run.y) | (goals < 0), (run.y + 1) % num_classes, goals)
     has_features = hasattr(apply_fn, "features")
 
     @jax.jit

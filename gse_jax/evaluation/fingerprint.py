@@ -33,7 +33,7 @@ def weights_digest(params) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.tobytes())  # .data knows no bfloat16
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from gse_jax.attacks.precision import full_precision
+from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn
 
 _PIXELS = 64 * 64 * 64  # Per batch: 64 images of 64 x 64 pixels.
@@ -75,15 +76,3 @@ def _predictions(logits) -> Predictions:
     # The argmax of a row of NaN is 0, which "fools" every other label.
     return Predictions(np.where(finite, safe.argmax(axis=1), -1),
                        np.where(finite, confidences, np.nan), logits.shape[1])
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether the device ran out of memory.
-
-    Args:
-        error: what JAX raised.
-
-    Returns:
-        True for RESOURCE_EXHAUSTED.
-    """
-    return "RESOURCE_EXHAUSTED" in str(error)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gse_jax import metrics
-from gse_jax.attacks import METHODS, default_domain, preset
+from gse_jax.attacks import METHODS
 from gse_jax.evaluation.attack_run import AttackRun, run_attack
+from gse_jax.evaluation.comparison import configurations_of
 from gse_jax.types import Status
 
 CAPS = (math.inf, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5)  # on the l2 norm, images of range width 2
@@ -76,7 +77,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
         max_l2: caps on the l2 norm in units of images of range width 2. The curve is complete: an
             image that a cap leaves without success keeps its image of the next larger cap, so
             means may exceed a cap that is too small for some images.
-        domain: preset of all attacks that know it, e.g. "gse_paper".
+        domain: as in `compare`.
         bounds: as in `gse_jax.attack`.
         key: as in `gse_jax.attack`.
         lanes: as in `gse_jax.attack`.
@@ -86,7 +87,9 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
         Front.
 
     Raises:
-        ValueError: for an unknown method, or a cap that is not positive; before anything runs.
+        ValueError: for an unknown method or domain, or a cap that is not positive; before anything
+            runs.
+        ImportError: if scikit-image is missing for a method with superpixels, likewise.
     """
     methods = tuple(METHODS) if methods is None else tuple(methods)
     caps = sorted(map(float, max_l2), reverse=True)
@@ -94,8 +97,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
         raise ValueError("methods must name at least one attack")
     if "gse_refined" in methods and not (caps and caps[-1] > 0.0):
         raise ValueError(f"max_l2={tuple(max_l2)} must hold positive numbers")
-    default, targeted = default_domain(np.shape(x)[1:]), targets is not None
-    configurations = {name: _configuration(name, domain, default, targeted) for name in methods}
+    configurations = configurations_of(methods, domain, np.shape(x)[1:], targets is not None)
     points = []
     for name in methods:
         settings, hyperparams = configurations[name]
@@ -110,14 +112,6 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
                 point = _completed(point, points[-1][2])
             points.append((name, cap, point))
     return _front(points)
-
-
-def _configuration(name, domain, default, targeted):
-    preset(name, default, targeted)  # an unknown name is an error, an unknown domain is not
-    try:
-        return preset(name, domain or default, targeted)
-    except ValueError:
-        return preset(name, default, targeted)
 
 
 class _Point(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from gse_jax.attacks import validation
 from gse_jax.evaluation.attacker import Model
 from gse_jax.evaluation.cases import Group, resolve
-from gse_jax.evaluation.checks import check
+from gse_jax.evaluation.checks import Finding, check
 from gse_jax.evaluation.fingerprint import fingerprint, versions
 from gse_jax.evaluation.plan import Plan
 from gse_jax.evaluation.sources import Reader, as_source, digest_of
@@ -113,23 +113,37 @@ def _load_data(plan: Plan):
     return data.open_source(plan.data, limit=plan.limit, data_dir=plan.data_dir or None)
 
 
-def preflight(job: Job) -> list[Any]:
+def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
     """Run the pre-flight checks on some images spread over the data.
 
     Args:
         job: the job.
+        num_images: how many at most.
 
     Returns:
         List of `checks.Finding`.
+
+    Raises:
+        ValueError: if not one of these images can be used.
     """
-    chosen = np.unique(np.linspace(0, job.num_samples - 1, _PREFLIGHT_IMAGES).astype(int))
-    readable = [sample for sample in job.reader.read_all(chosen) if sample.x is not None]
+    chosen = np.unique(np.linspace(0, job.num_samples - 1, num_images).astype(int))
+    read = list(job.reader.read_all(chosen))
+    readable = [sample for sample in read if sample.x is not None]
+    unusable = next((sample for sample in read if sample.x is None), None)
+    if not readable:
+        raise ValueError(f"data: none of {len(read)} images can be used: {unusable.reason}")
     # A single label out of range is quarantined like an unreadable image; all of them are told.
     samples = [s for s in readable if 0 <= s.label < job.model.num_classes] or readable
     images = np.stack([np.asarray(s.x) for s in samples])
-    return check(job.model.params, job.model.apply_fn, images,
-                 np.asarray([s.label for s in samples], np.int32), bounds=job.model.bounds,
-                 expected_accuracy=job.plan.expected_accuracy)
+    found = check(job.model.params, job.model.apply_fn, images,
+                  np.asarray([s.label for s in samples], np.int32), bounds=job.model.bounds,
+                  expected_accuracy=job.plan.expected_accuracy)
+    if unusable is not None:
+        found.append(Finding("unusable images", "warning",
+                             f"{len(read) - len(readable)} of {len(read)} images cannot be used; the "
+                             f"first is {unusable.sample_id!r}: {unusable.reason}.",
+                             "Repair them; else they are set aside as quarantined."))
+    return found
 
 
 def manifest_of(job: Job, findings, created: str) -> dict[str, Any]:

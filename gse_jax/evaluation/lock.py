@@ -46,7 +46,7 @@ class WriterLock:
         # Not unlinked afterwards: a process that waits on an unlinked file would lock a ghost.
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            carried = _lock(self._file)
+            carried = _lock(self._file, shared=False)
             if carried is None or _alive(self._path, trust_processes=carried):
                 raise StoreError(_held_message(self._writer, _owner(self._path)))
             me = {"host": _host(), "pid": os.getpid(), "residue": list(self._residue)}
@@ -81,14 +81,14 @@ class WriterLock:
                 raise StoreError(_held_message(path.stem, owner))
 
 
-def _lock(file: int) -> bool | None:
-    """Try to lock: None where another process has it, False where the system cannot tell."""
+def _lock(file: int, *, shared: bool) -> bool | None:
+    """Try to lock, alone or beside others who only look: None where another process has it, False where the system cannot tell."""
     try:
         import fcntl
     except ImportError:  # No such module on Windows.
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
     except OSError as error:
@@ -105,7 +105,8 @@ def _is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        carried = _lock(file)
+        # Shared: writers that begin together look at the same dead one, and wait for its heartbeat.
+        carried = _lock(file, shared=True)
         return carried is None or _alive(path, trust_processes=carried)
     finally:
         os.close(file)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.precision import full_precision
-from gse_jax.evaluation.forward import is_out_of_memory
+from gse_jax.devices import is_out_of_memory
 
 _SMALL_SIDE = 64  # pixels; larger images come in smaller batches and fewer of them are probed
 _MIN_BATCH = 4  # rows; below that, batch statistics have nothing to mix

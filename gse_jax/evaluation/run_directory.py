@@ -2,6 +2,7 @@
 
 import functools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ class Run:
     def _load_shard(self, name: str) -> dict[str, np.ndarray]:
         path = self.path / "arrays" / name
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in ("clean", "clean_row", "adversarial")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"run directory: {path} is damaged ({error}); delete it and run "
                              "gse-jax evaluate again to make its samples anew") from None
 

@@ -138,9 +138,10 @@ class Reader:
         if image.dtype.kind != "f":
             raise TypeError(f"the image is {image.dtype}, expected {self.dtype} as the others")
         low, high = float(image.min()), float(image.max())
+        bounds = validation.rounded(self.bounds, image.dtype)
         if not np.isfinite([low, high]).all():
             raise ValueError("the image holds NaN or infinite pixels")
-        if low < self.bounds[0] or high > self.bounds[1]:
+        if low < bounds[0] or high > bounds[1]:
             raise ValueError(f"the image has values from {low:g} to {high:g}, expected them inside "
                              f"bounds={tuple(self.bounds)}")
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gse_jax.attacks import validation
 from gse_jax.evaluation.durable import StoreError, write_file
 from gse_jax.evaluation.evaluator import MismatchError
 from gse_jax.evaluation.fingerprint import differences, model_name, weights_digest
@@ -21,6 +22,7 @@ from gse_jax.evaluation.job import load_model
 from gse_jax.evaluation.measuring import measure
 from gse_jax.evaluation.plan import Plan
 from gse_jax.evaluation.run_directory import Run, open_run
+from gse_jax.evaluation.store import lost_records
 from gse_jax.types import Record
 
 _LEVELS = 255  # of an 8-bit pixel
@@ -139,6 +141,7 @@ class _Tally:
         names = [case["name"] for case in run.manifest["cases"]]
         self._counts = {name: dict.fromkeys(CaseVerification._fields, 0) for name in names}
         self._bounds = tuple(run.manifest["bounds"])
+        self._limits = validation.rounded(self._bounds, run.manifest["dtype"])
         self._forward, self._quantize = forward, quantize
         self._problems: list[str] = []
         self._num_problems = 0
@@ -157,7 +160,7 @@ class _Tally:
             clean, adversarial = (quantized(x, self._bounds) for x in (clean, adversarial))
         before, after = self._forward(clean).classes, self._forward(adversarial).classes
         numbers = measure(clean, adversarial, bounds=self._bounds, batch=self._forward.batch)
-        low, high = self._bounds
+        low, high = self._limits
         for i, (record, _, _) in enumerate(batch):
             image = adversarial[i]
             inside = bool(np.isfinite(image).all() and image.min() >= low and image.max() <= high)
@@ -204,6 +207,9 @@ def _batches(run: Run, tally: _Tally, size: int) -> Iterator[list[Any]]:
     for record in run.records:
         if record["success"] and record["array"] is None and record["status"] == "found":
             tally.problem(record, "recorded as found, but without images")
+    for record in lost_records(run.path):
+        tally.problem(record, f"its array file {record['array'][0]} is gone; run gse-jax evaluate "
+                              "again to make it anew")
     # By file and row, so that each array file is read once.
     stored = sorted((record["array"], i) for i, record in enumerate(run.records)
                     if record["array"] is not None)

@@ -150,7 +150,9 @@ def _mask_tile(changed):
 
 def _lines(prediction, row, class_names):
     label = int(prediction.labels[row])
-    lines = [str(label) if class_names is None else str(class_names[label])]
+    # A model may have more classes than the data set has names.
+    known = class_names is not None and 0 <= label < len(class_names)
+    lines = [str(class_names[label]) if known else str(label) if label >= 0 else "no class"]
     if prediction.confidences is not None:
         lines.append(f"{float(prediction.confidences[row]):.0%}")
     return lines

@@ -1,10 +1,11 @@
 """A run in memory: who is attacked, what is believed, what is kept."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gse_jax import Status
+from gse_jax import GSESettings, Status
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
 from tests.toy_model import toy
 
@@ -81,3 +82,46 @@ def test_predict_equals_one_call_for_any_number():
 
 def test_next_class_wraps():
     np.testing.assert_array_equal(next_class([0, 8, 9], 10), [1, 9, 0])
+
+
+def test_an_image_without_finite_logits_is_told_as_such():
+    """The argmax of a row of NaN is 0, which would be right for a label 0 and wrong for others."""
+    params, apply_fn, x, y = toy()
+    marked = x[np.asarray([0, 2]), 0, 0, 0]
+
+    def broken(params, images):
+        bad = (images[:, 0, 0, 0, None] == marked[None]).any(1)
+        return jnp.where(bad[:, None], jnp.nan, apply_fn(params, images))
+
+    run = run_attack(params, broken, x, np.asarray(y) * (np.arange(6) != 2), bounds=(-1.0, 1.0),
+                     settings=GSESettings(num_runs=2, max_steps=5, phase1_steps=3))
+    np.testing.assert_array_equal(run.status[[0, 2]], Status.NON_FINITE)
+    np.testing.assert_array_equal(run.predictions_before[[0, 2]], -1)
+    assert not run.success[[0, 2]].any()
+    assert run.summary().num_non_finite == 2
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x=np.zeros((6, 3, 20, 20))), "NCHW"), (dict(y=np.eye(5)[[0] * 6]), "argmax"),
+    (dict(bounds=(0.0, 1.0)), "bounds"), (dict(y=np.full(6, -1)), r"y must lie in \[0, 4\]"),
+    (dict(targets=np.full(6, 9)), "targets must lie")])
+def test_bad_input_is_refused_before_the_model_is_asked(change, words):
+    params, apply_fn, x, y = toy()
+
+    def asked(params, images):
+        if not isinstance(images, jax.core.Tracer) or images.shape[0] != 3:  # not the shape check's
+            raise AssertionError
+        return apply_fn(params, images)
+
+    arguments = dict(x=x, y=np.asarray(y), bounds=(-1.0, 1.0)) | change
+    with pytest.raises(ValueError, match=words):
+        run_attack(params, asked, arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b[:0], lambda b: bytes(
+    v ^ 255 if len(b) // 3 < i < len(b) // 2 else v for i, v in enumerate(b))])
+def test_a_damaged_file_is_one_line(run, tmp_path, damage):
+    path = save_run(run, tmp_path / "adversarials.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="is not a run of gse-jax attack"):
+        load_run(path)

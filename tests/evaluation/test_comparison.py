@@ -1,12 +1,15 @@
 """Many attacks on the same images, and the table of them."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
 
+import gse_jax
 from gse_jax import metrics, report
-from gse_jax.evaluation import compare
+from gse_jax.evaluation import compare, pareto
+from gse_jax.evaluation.comparison import configurations_of
 from tests.toy_model import toy
 
 METHODS = ("gse", "pgd", "pgd0")
@@ -60,3 +63,27 @@ def test_an_unknown_method_ends_it_before_anything_runs():
     params, apply_fn, x, y = toy()
     with pytest.raises(ValueError, match="gze"):
         next(compare(params, apply_fn, x, np.asarray(y), methods=("gse", "gze")))
+
+
+@pytest.mark.parametrize("side, domain", [(32, "cifar10"), (224, "imagenet")])
+def test_the_settings_are_those_of_the_image_size(side, domain):
+    methods = "gse", "gse_refined", "sparse_rs", "fwnucl", "strattack"
+    expected = {method: gse_jax.preset(method, domain, True) for method in methods}
+    for name in (None, "gse_paper"):
+        assert configurations_of(methods, name, (side, side, 3), True) == expected
+    original = configurations_of(methods, "original", (side, side, 3), True)
+    assert original["sparse_rs"] == gse_jax.preset("sparse_rs", "original", True)
+    assert original["gse"] == expected["gse"]  # it has no other
+    with pytest.raises(ValueError, match="domain='orignal' is unknown; use one of .*'original'"):
+        configurations_of(methods, "orignal", (side, side, 3), True)
+
+
+def test_without_scikit_image_it_ends_before_anything_runs(monkeypatch):
+    params, apply_fn, x, y = toy()
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    ran = []
+    for call in (lambda **o: list(compare(params, apply_fn, x, np.asarray(y), **o)),
+                 lambda **o: pareto(params, apply_fn, x, np.asarray(y), **o)):
+        with pytest.raises(ImportError, match="baselines"):
+            call(methods=("pgd", "sapf"), bounds=(-1.0, 1.0), progress=ran.append)
+    assert not ran

@@ -328,7 +328,7 @@ def test_a_disk_without_room_and_a_read_only_one_are_refused_before_computing(tm
     ended = in_namespace(f"mount -t tmpfs -o size=1m none $1; {program(cache)}; "
                          f"mount -o remount,ro $1; {program(cache)}", tmp_path / "disk")
     first, second = [line for line in ended.stderr.splitlines() if line.startswith(
-        "gse_jax.evaluation.durable.StoreError")]
+        "gse_jax.types.StoreError")]
     assert "MiB of free disk, expected at least" in first
     assert "the file system is read-only; choose another directory" in second
     assert ended.returncode == 1

@@ -1,10 +1,12 @@
 """One writer per name, and a dead one is no writer."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -102,8 +104,32 @@ def test_in_doubt_it_waits_for_a_heartbeat(tmp_path, monkeypatch):
     assert len(slept) == 3
 
 
+def test_writers_that_begin_together_do_not_take_each_other_for_the_dead_one(tmp_path, monkeypatch):
+    """The first waits for a heartbeat of "main"; a second one that looks meanwhile is no reason."""
+    foreign(tmp_path, lock.STALE_SECONDS - 30)
+    second = []
+
+    def sleep(seconds):
+        if not second:
+            second.append(None)
+            second.append(WriterLock(tmp_path, "shard-1-of-3", (1, 3)).__enter__())
+        old = time.time() - lock.STALE_SECONDS - 5
+        os.utime(tmp_path / "main.lock", (old, old))
+
+    monkeypatch.setattr(lock, "_alive", functools.partial(once_in_doubt, sleep))
+    with WriterLock(tmp_path, "shard-0-of-3", (0, 3)):
+        second[1].__exit__(None, None, None)
+
+
+def once_in_doubt(sleep, path, *, trust_processes):
+    del trust_processes
+    if path.stem == "main":
+        sleep(1.0)
+    return False
+
+
 def test_a_file_system_without_locks_is_judged_by_process_and_heartbeat(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_lock", lambda file: False)
+    monkeypatch.setattr(lock, "_lock", lambda file, shared: False)
     path = tmp_path / "main.lock"
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     path.write_text(json.dumps({"host": lock._host(), "pid": child.pid, "residue": [0, 1]}))

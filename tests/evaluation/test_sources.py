@@ -1,8 +1,11 @@
 """Samples one by one, and the hash of a whole data set."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gse_jax.data import Dataset
+from gse_jax.evaluation.fingerprint import weights_digest
 from gse_jax.evaluation.sources import Reader, as_source, digest_of
 from tests.evaluation.small_run import dataset
 
@@ -50,6 +53,21 @@ def test_a_source_may_bring_its_own_digest_and_is_then_not_read():
     before, reads = digest_of(reader), source.reads
     source.digest = "v2"
     assert digest_of(reader) != before and source.reads == reads == 1
+
+
+def test_images_on_bounds_that_float32_rounds_are_used():
+    mean, std = 0.1307, 0.3081
+    pixels = np.random.default_rng(0).integers(0, 2, (3, 8, 8, 1))
+    data = Dataset(((pixels - mean) / std).astype(np.float32), np.zeros(3, int), ("a", "b", "c"))
+    reader = Reader(as_source(data), ((0 - mean) / std, (1 - mean) / std))
+    assert [sample.reason for sample in reader.read_all(range(3))] == [None] * 3
+
+
+def test_weights_without_a_buffer_are_hashed():
+    weights = jnp.arange(4.0, dtype=jnp.bfloat16)
+    assert weights_digest(weights) != weights_digest(weights + 1)
+    values = np.arange(4.0).reshape(2, 2)
+    assert weights_digest(values) == weights_digest(np.asfortranarray(values))
 
 
 def test_no_source():

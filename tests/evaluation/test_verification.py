@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from gse_jax.evaluation import MismatchError, open_run, verify
+from gse_jax.evaluation import MismatchError, evaluate, open_run, verify
 from gse_jax.evaluation.durable import Journal
 from gse_jax.evaluation.verification import quantized
-from tests.evaluation.small_run import model
+from tests.evaluation.small_run import PLAN, dataset, model
 
 
 @pytest.fixture
@@ -103,6 +103,17 @@ def test_a_damaged_or_lost_array_file_is_told(run_dir):
     assert not result.ok
     assert any(f"{names[0]} is damaged" in problem and "delete it" in problem
                for problem in result.problems)
+
+
+def test_a_lost_array_file_is_told_until_its_samples_are_made_anew(run_dir, whole):
+    path = sorted((run_dir / "arrays").iterdir())[0]
+    lost = [r for r in whole.records if r["array"] and r["array"][0] == path.name]
+    path.unlink()
+    result = verify(run_dir, model=model())
+    assert result.num_problems == len(lost) > 0
+    assert all(f"{path.name} is gone" in problem for problem in result.problems)
+    evaluate(PLAN, run_dir, model=model(), data=dataset())
+    assert verify(run_dir, model=model()).ok
 
 
 def test_another_model_verifies_nothing(run_dir):
