@@ -13,6 +13,8 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", "
 def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFiles:
     """List `PATH/CLASS/**/IMAGE`; classes sorted by name, images by folder and name.
 
+    Hidden folders and `__MACOSX` are no classes.
+
     Args:
       rest: Folder and options; a relative folder starts from `data_dir`. Names of classes that are
         all numbers *are* the labels (so that a part of ImageNet can be named by its labels); other
@@ -32,7 +34,9 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     resize, root = resize_from_options(options), existing_path(name, data_dir, USAGE)
     if not root.is_dir():
         raise ValueError(f"source: {root} is a file, expected a folder with one folder per class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    # What file managers, notebooks and archives leave behind is no class.
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir()
+                     and not entry.name.startswith(".") and entry.name != "__MACOSX")
     numeric = all(name.isdecimal() for name in classes)
     paths, labels, ids = [], [], []
     for position, class_name in enumerate(classes):

@@ -1,6 +1,7 @@
 """NumPy archives: the simplest way to hand over images of one's own."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             mapped = _mapped(path) if "x" in keys else None
             return {key: mapped if key == "x" and mapped is not None else archive[key]
                     for key in keys}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(
             f"source: {path} cannot be read ({error}); expected plain arrays, no Python objects"
         ) from None

@@ -11,6 +11,7 @@ References:
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         if not is_pickle:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise ValueError(
             f"weights: {path} is truncated or holds Python objects ({error}); fetch it again"
         ) from None

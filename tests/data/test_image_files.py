@@ -42,6 +42,15 @@ def test_folder_has_the_order_and_labels_of_torchvision(folder):
     assert np.array_equal(np.rint(dataset.images * 255).astype(np.uint8), PIXELS)
 
 
+def test_what_tools_leave_behind_is_no_class(folder):
+    expected = data.load(f"folder:{folder}")
+    for name in (".ipynb_checkpoints", "__MACOSX/cat", ".thumbnails"):
+        write(folder / name / "9.png", PIXELS[0])
+    dataset = data.load(f"folder:{folder}")
+    assert dataset.ids == expected.ids and dataset.class_names == expected.class_names
+    np.testing.assert_array_equal(dataset.labels, expected.labels)
+
+
 def test_limit_and_relative_path(folder):
     dataset = data.load("folder:set", limit=2, data_dir=str(folder.parent))
     assert dataset.ids == ("cat/10.png", "cat/9.PNG")
