@@ -51,8 +51,10 @@ def efficiency_gpu():
 def _throughput(names):
     lines = ["| images | attack | ASR | images per second | gradients per image | efficiency | of which "
              "lanes idle in the tail |", "|---|---|---|---|---|---|---|"]
+    commands = []
     for name in names:
         record = json.loads((RESULTS / f"throughput_{name}.json").read_text())
+        commands.append(f"`{record['command']}`")
         for row in record["rows"]:
             precision = row.get("precision", "highest")
             word = row["attack"] + (f", `precision=\"{precision}\"`" if precision != "highest" else "")
@@ -60,7 +62,7 @@ def _throughput(names):
                          f"{row['images_per_second']:.{2 if row['images_per_second'] < 100 else 0}f} | "
                          f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
                          f"{1 - row['efficiency'] / row['lanes_full']:.0%} |")
-    return [*lines, "", source(record, "`benchmarks/throughput.py`, CIFAR-10, authors' ResNet-20")]
+    return [*lines, "", source(record, f"{', '.join(commands)}, CIFAR-10, authors' ResNet-20")]
 
 
 def profile():
@@ -143,7 +145,7 @@ def refinement():
                 draw_front(record["rows"])
                 lines += ["![d_{2,0}, changed pixels and clusters over the l2 norm](refinement_front.png)", ""]
             lines += [*_attacks(record, head), "",
-                      source(record, f"`benchmarks/refinement.py --parts {part}`"), ""]
+                      source(record, f"`{record.get('command', f'benchmarks/refinement.py --parts {part}')}`"), ""]
     return [*lines, *_imagenet_refined()]
 
 
@@ -165,7 +167,7 @@ def _table(name, columns, script):
     record = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(text(row) for text in columns.values())} |" for row in record["rows"]]
-    return [*lines, "", source(record, script)]
+    return [*lines, "", source(record, script.format(command=f"`{record.get('command')}`"))]
 
 
 def giving_up():
@@ -227,7 +229,7 @@ def lanes():
         "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
         "efficiency": lambda r: f"{r['efficiency']:.2f}"},
-        "`benchmarks/throughput.py --num 64 --lanes 2 8 32`, CIFAR-10, authors' ResNet-20")
+        "{command}, CIFAR-10, authors' ResNet-20")
 
 
 def memory():
@@ -254,7 +256,7 @@ def compile_time():
     return _table("compile_time", {
         f"{name}, s": lambda r, name=name: f"{r[name]:.2f}"
         for name in ("import", "first call", "second call", "cached")},
-        "`benchmarks/compile_time.py`, ResNet-20, 14 images of 32 x 32 on two CPU devices; `cached` is "
+        "`benchmarks/compile_time.py`, ResNet-20, 16 images of 32 x 32 on two CPU devices; `cached` is "
         "the first call of another process with `gse_jax.use_compilation_cache`")
 
 

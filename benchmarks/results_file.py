@@ -44,7 +44,8 @@ def write(name, args, rows):
                "device_kind": jax.devices()[0].device_kind}
     versions = {"gse_jax": gse_jax.__version__, "jax": jax.__version__,
                 "python": platform.python_version(), "numpy": np.__version__}
-    record = {"date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
+    command = " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    record = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
               "load_average": os.getloadavg()[0], "rows": rows}
     suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
     (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -76,6 +76,7 @@ def _pareto(args):
     import numpy as np
 
     from gse_jax import data, evaluation, models, report
+    from gse_jax.data.atomic import replacing
 
     options.require_positive("--limit", args.limit)
     caps = options.numbers("--max-l2", args.max_l2)
@@ -99,7 +100,7 @@ def _pareto(args):
     choose = lambda values: {name: values[names == name] for name in dict.fromkeys(front.methods)}
     figure = report.front_plot(choose(front.means), choose(front.success_rate == 1.0))
     written += report.save_figure(figure, folder / "front")
-    np.savez(folder / "front.npz", **{name: np.asarray(value)
-                                      for name, value in front._asdict().items()})
+    with replacing(folder / "front.npz") as file:
+        np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})
     print(written[1].read_text(encoding="utf-8"))
     print("written: " + ", ".join(map(str, (*written, folder / "front.npz"))))

@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from gse_jax.attacks import Progress, attack, validation
+from gse_jax.data.atomic import replacing
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import Summary, summary
 from gse_jax.types import ApplyFn, Status
@@ -189,16 +189,9 @@ def save_run(run: AttackRun, path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays = {name: value for name, value in run._asdict().items() if name != "about"}
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, about=np.asarray(json.dumps(run.about)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, about=np.asarray(json.dumps(run.about)), **arrays)
     return path
 
 
