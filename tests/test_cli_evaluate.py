@@ -110,3 +110,18 @@ def test_check_reads_as_evaluate_does(tmp_path, capsys):
                                 "weights": "digits"}))
     assert cli.main(["check", "--plan", str(plan)]) == 0
     assert "1 of 30 images cannot be used; the first is '000007'" in capsys.readouterr().out
+
+
+def test_a_page_does_not_call_verified_what_came_after(run, tmp_path, monkeypatch):
+    """Verified half-way, then continued: the earlier verdict is not about this run."""
+    folder, plan = run
+    part = tmp_path / "part"
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(part), "--shard", "0/2"]) == 0
+    assert cli.main(["verify", str(part)]) == 0
+    confirmed = lambda: "\u2714 confirmed" in (part / "report" / "index.html").read_text()
+    monkeypatch.chdir(part)
+    assert cli.main(["report", "."]) == 0 and confirmed()
+    assert "<title>part" in (part / "report" / "index.html").read_text()
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(part)]) == 0 and not confirmed()
+    assert cli.main(["verify", str(part)]) == 0
+    assert cli.main(["report", str(part)]) == 0 and confirmed()

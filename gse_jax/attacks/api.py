@@ -135,7 +135,8 @@ def refine(
 
     Returns:
         AttackResult. Images that were given unchanged or are not adversarial come back clean, with
-        the status of `attack`; so does an image that could not be pulled inside the caps.
+        the status of `attack`; so does an image that could not be pulled inside the caps. The model
+        is not asked about the clean images: leave out those that it misclassifies anyway.
 
     Raises:
         TypeError: for a wrong dtype or type of an argument.
@@ -164,7 +165,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
                   hyperparams=None, bounds: Bounds = (0.0, 1.0), key=None,
                   lanes: int | None = None, precision: str = "highest",
                   num_images: int | None = None) -> Iterator[Stretch]:
-    """Attack batches as they come: as many images as there are, in the memory of a few batches.
+    """Attack batches as they come: any number of images, in memory that does not grow with it.
 
     Args:
         params: as in `attack`.
@@ -219,7 +220,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
                          sample.sample_id.astype(np.int32), setup.segment(sample.x))
 
     return stream(setup.program, params, setup.hyperparams, setup.key, checked(),
-                  image_shape=image_shape, dtype=dtype, lanes=lanes, num_images=num_images)
+                  image_shape=image_shape, lanes=lanes,
+                  num_images=None if num_images is None else int(num_images))
 
 
 def default_domain(image_shape) -> str:

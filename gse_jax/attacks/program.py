@@ -63,20 +63,21 @@ class Program:
                      capacity=capacity, max_iterations=max_iterations, loop=loop)
 
 
-class _SameObject:
-    """A model function that cannot be hashed, equal to another of the same object."""
+class _SameParts:
+    """A model function that cannot be hashed, equal to another made of the very same parts."""
 
-    def __init__(self, fn):
-        self._fn = fn
+    def __init__(self, fn, leaves, tree):
+        self._fn, self._leaves, self._tree = fn, leaves, tree
 
     def __call__(self, params, x):
         return self._fn(params, x)
 
     def __eq__(self, other):
-        return isinstance(other, _SameObject) and self._fn is other._fn
+        return (isinstance(other, _SameParts) and self._tree == other._tree
+                and all(a is b for a, b in zip(self._leaves, other._leaves, strict=True)))
 
     def __hash__(self):
-        return id(self._fn)
+        return hash(tuple(map(id, self._leaves)))
 
 
 def hashable(apply_fn):
@@ -86,18 +87,18 @@ def hashable(apply_fn):
         apply_fn: (params, x) -> logits.
 
     Returns:
-        `apply_fn` itself where it can be hashed. Otherwise a function that compiles once for each
-        frozen object, such as an Equinox module, and anew in each call for others, which may have
-        been changed in between.
+        `apply_fn` itself where it can be hashed. A pytree of JAX arrays, such as an Equinox module,
+        compiles once as long as these are the same arrays; others compile anew in each call,
+        because they may have been changed in between.
     """
     try:
         hash(apply_fn)
         return apply_fn
     except TypeError:
-        kind = getattr(apply_fn, "__dataclass_params__", None)
-        if kind is not None and kind.frozen:
-            return _SameObject(apply_fn)
-        return lambda params, x: apply_fn(params, x)
+        leaves, tree = jax.tree.flatten(apply_fn)
+        if any(leaf is apply_fn or isinstance(leaf, np.ndarray) for leaf in leaves):
+            return lambda params, x: apply_fn(params, x)
+        return _SameParts(apply_fn, leaves, tree)
 
 
 @functools.lru_cache(maxsize=32)

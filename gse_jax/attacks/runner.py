@@ -180,7 +180,7 @@ class Stretch(NamedTuple):
 
 
 def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample], *,
-           image_shape, dtype, lanes: int | None = None,
+           image_shape, lanes: int | None = None,
            num_images: int | None = None) -> Iterator[Stretch]:
     """Attack batches as they come; lanes stay full across the borders of batches.
 
@@ -190,9 +190,9 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         hyperparams: the attack's hyperparameters, arrays [].
         key: typed random key.
         batches: Samples of NumPy arrays with a leading axis of any length, pulled as lanes fall
-            free; `sample_id` >= 0 and unique. No more than a few batches are in memory.
+            free; `sample_id` >= 0 and unique. In memory are about as many images as the queues
+            hold, eight for each lane (fewer of more than 64 x 64 pixels), and one batch.
         image_shape: (H, W, C).
-        dtype: of the images.
         lanes: number of images worked on at a time over all devices, rounded up to a multiple of
             their number; None for a default that suits the devices.
         num_images: how many images will come, if known; fewer lanes for few images.
@@ -270,8 +270,7 @@ def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int 
     results = None
     done = lane_evals = 0
     for stretch in stream(program, params, hyperparams, key, [samples],
-                          image_shape=samples.x.shape[1:], dtype=samples.x.dtype, lanes=lanes,
-                          num_images=total):
+                          image_shape=samples.x.shape[1:], lanes=lanes, num_images=total):
         if results is None:
             results = jax.tree.map(lambda a: np.zeros((total, *a.shape[1:]), a.dtype),
                                    stretch.outcome)

@@ -98,7 +98,7 @@ def check_images(x, bounds) -> None:
                          "remove or repair it")
     if lowest < low or highest > high:
         rounding = max(low - lowest, highest - high) < 1e-5 * (high - low)
-        fix = (f"that is rounding: use x.clip({low:.9g}, {high:.9g})" if rounding else
+        fix = (f"that is rounding: use x.clip({low!r}, {high!r})" if rounding else
                "pass the bounds of your images, and keep mean/std normalisation inside apply_fn")
         raise ValueError(f"x must lie inside bounds=({low:g}, {high:g}), got values from "
                          f"{lowest:.9g} to {highest:.9g}; {fix}")

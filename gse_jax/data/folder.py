@@ -37,16 +37,17 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     # What file managers, notebooks and archives leave behind is no class.
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir()
                      and not entry.name.startswith(".") and entry.name != "__MACOSX")
-    numeric = all(name.isdecimal() for name in classes)
+    images = {name: _images_in(root / name) for name in classes}
+    numeric = all(name.isdecimal() for name in classes if images[name])
     paths, labels, ids = [], [], []
     for position, class_name in enumerate(classes):
-        for path in _images_in(root / class_name):
+        for path in images[class_name]:
             paths.append(path)
             labels.append(int(class_name) if numeric else position)
             ids.append(path.relative_to(root).as_posix())
     if not paths:
-        images = any(_is_image(path.name) for path in root.iterdir())
-        fix = "; its images lie in no class folder" if images else ""
+        loose = any(_is_image(path.name) for path in root.iterdir())
+        fix = "; its images lie in no class folder" if loose else ""
         raise ValueError(f"source: {root} has no images in class folders, expected "
                          f"CLASS/IMAGE.png or .jpg ...{fix}")  # fmt: skip
     # Numbers may leave gaps, so they name themselves.

@@ -35,7 +35,7 @@ class Resize(NamedTuple):
       size: Height and width of the result, or None to leave the images as they are.
       policy: "paper" stretches the whole image to a square, as the GSE paper's experiments did;
         "crop" scales the shorter side to `size / 0.875` and keeps the centre, as the networks'
-        authors did. Both bilinear, antialiased.
+        authors did. Both bilinear, antialiased. Neither turns an image by its EXIF orientation.
     """
 
     size: int | None
@@ -67,6 +67,14 @@ def resize_from_options(options: dict[str, str]) -> Resize:
     return Resize(int(options["size"]), policy)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class ImageFiles:
     """Labelled image files as a source for `gse_jax.evaluation`; nothing is decoded before use.
 
@@ -90,6 +98,12 @@ class ImageFiles:
                  ids: Sequence[str], class_names: Sequence[str], resize: Resize, source: str,
                  channels: int = 3):
         _require_pillow(source)
+        unnamed = next((name for name in ids if not _is_text(name)), None)
+        if unnamed is not None:
+            raise ValueError(f"source: {source}: the file name {ascii(unnamed)} is not UTF-8; rename it")
+        if max(labels, default=0) > np.iinfo(np.int32).max:
+            raise ValueError(f"source: {source}: label {max(labels)} is too large, expected at most "
+                             f"{np.iinfo(np.int32).max}")
         self.ids = tuple(ids)
         self.labels = np.asarray(labels, np.int32)
         self.class_names = tuple(class_names)
@@ -141,7 +155,7 @@ class ImageFiles:
             for index, future in [(index, self._submit(index)) for index in part]:
                 try:
                     image = future.result()
-                except (OSError, ValueError) as error:
+                except Exception as error:  # Pillow raises whatever a broken file leads to.
                     reason = " ".join(str(error).split())[:200]
                     raise ValueError(f"source: {self._source}: {self.ids[index]}: {reason}; remove "
                                      "it (evaluate sets such files aside by itself)") from None
@@ -162,9 +176,11 @@ class ImageFiles:
 
     def _decode(self, index: int) -> np.ndarray:
         with _opened(self._files[index]) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{self.ids[index]} has more than 8 bits per channel "
-                                 f"({image.mode})")
+            # Pillow cuts colours of 16 bits to 8; how they are stored shows in its tiles.
+            tiles = getattr(image, "tile", ())  # none where it was made from an array
+            stored = f"{image.mode} {tiles[0].args if tiles else ''}"
+            if image.mode.startswith(("I", "F")) or ";16" in stored or "65535" in stored:
+                raise ValueError(f"{self.ids[index]} has more than 8 bits per channel ({stored})")
             image = _resized(image.convert(self._mode), self._resize)
             pixels = np.asarray(image, np.float32) / np.float32(255)
         return pixels[..., None] if self._mode == "L" else pixels

@@ -52,7 +52,9 @@ def _solve(matvec, rhs):
                                   tangential(a - product(along)))
     d = along + inside
     e = jnp.sum(normal * (a - product(d))) / safe_length
-    return d, jnp.where(bordered, e, b / jnp.where(bordered, 1.0, corner))
+    # Without a gradient at all nothing is to be solved; 0 / 0 would spoil every other image's part.
+    free = ~bordered & (corner != 0.0)
+    return d, jnp.where(bordered, e, jnp.where(free, b / jnp.where(free, corner, 1.0), 0.0))
 
 
 def _conjugate_gradients(product, rhs):

@@ -86,7 +86,7 @@ class Attacker:
         self._model, self._group, self._forward = model, group, forward
         self._num_samples, self._seed = num_samples, seed
         self.lanes, self._on_out_of_memory = lanes, on_out_of_memory
-        self._on_settled = on_settled
+        self._on_settled, self._reporting = on_settled, False
         if num_samples * (1 + max(case.offset for case in group.cases)) > np.iinfo(np.int32).max:
             raise ValueError(f"data: {num_samples} samples times the largest offset exceed int32; "
                              "split the data into several runs")
@@ -116,7 +116,8 @@ class Attacker:
                 break
             except jax.errors.JaxRuntimeError as error:
                 lanes = self._lanes_in_use(count)
-                if not is_out_of_memory(error) or lanes == 1:
+                # Who is told of results may run out of memory too; fewer lanes would not help.
+                if not is_out_of_memory(error) or lanes == 1 or self._reporting:
                     raise
             # What was under way starts anew in fewer lanes; its result does not depend on them.
             self.lanes = lanes // 2
@@ -175,7 +176,9 @@ class Attacker:
             self._waiting.extend(self._classified(self._chunk))
             self._chunk = []
             if self._on_settled is not None and self._settled:
+                self._reporting = True  # stays so if this raises
                 self._on_settled(Advance(self._drain(), [], 0))
+                self._reporting = False
         return self._waiting.popleft()
 
     def _classified(self, chunk) -> Iterator[tuple[Task, Sample]]:

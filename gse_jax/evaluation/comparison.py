@@ -63,10 +63,18 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
         Comparison, in the order of `methods`. The seconds in a row include compilation.
 
     Raises:
-        ValueError: for an unknown method or domain, before anything runs.
+        ValueError: for an unknown method or domain, or offsets that aim at the label or twice at the
+            same class; before anything runs.
         ImportError: if scikit-image is missing for a method with superpixels, likewise.
     """
     configurations = configurations_of(methods, domain, np.shape(x)[1:], bool(offsets))
+    if offsets:
+        if num_classes is None:
+            raise ValueError("num_classes is missing; targets are label + offset modulo the classes")
+        classes = [offset % num_classes for offset in offsets]
+        if 0 in classes or len(set(classes)) < len(classes):
+            raise ValueError(f"offsets={tuple(offsets)} must differ modulo {num_classes} classes, and "
+                             "none may be a multiple of it")
     y = np.asarray(y)
     for method in methods:
         settings, hyperparams = configurations[method]

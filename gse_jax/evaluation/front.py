@@ -54,7 +54,8 @@ class Front(NamedTuple):
     def rows(self) -> list[dict[str, Any]]:
         """Return the points as table rows, plain dictionaries."""
         return [{"attack": name if np.isinf(cap) else f"{name}, l2 <= {cap:g}",
-                 "ASR": float(rate), **dict(zip(NUMBERS, map(float, means), strict=True)),
+                 "ASR": float(rate), **{number: None if np.isnan(mean) else float(mean)
+                                        for number, mean in zip(NUMBERS, means, strict=True)},
                  "gradients": float(spent), "forwards": float(passes),
                  "on the front": "yes" if front else "no"}
                 for name, cap, rate, means, spent, passes, front in zip(

@@ -127,22 +127,27 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
         ValueError: if not one of these images can be used.
     """
     chosen = np.unique(np.linspace(0, job.num_samples - 1, num_images).astype(int))
-    read = list(job.reader.read_all(chosen))
-    readable = [sample for sample in read if sample.x is not None]
-    unusable = next((sample for sample in read if sample.x is None), None)
-    if not readable:
-        raise ValueError(f"data: none of {len(read)} images can be used: {unusable.reason}")
-    # A single label out of range is quarantined like an unreadable image; all of them are told.
-    samples = [s for s in readable if 0 <= s.label < job.model.num_classes] or readable
+    samples, unusable = [], []
+    for sample in job.reader.read_all(chosen):
+        reason = sample.reason
+        if reason is None and not 0 <= sample.label < job.model.num_classes:
+            reason = f"label {sample.label} lies outside [0, {job.model.num_classes - 1}]"
+        if reason is None:
+            samples.append(sample)
+        else:
+            unusable.append((sample.sample_id, reason))
+    if not samples:
+        raise ValueError(f"data: none of {len(unusable)} images can be used: {unusable[0][1]}")
     images = np.stack([np.asarray(s.x) for s in samples])
     found = check(job.model.params, job.model.apply_fn, images,
                   np.asarray([s.label for s in samples], np.int32), bounds=job.model.bounds,
                   expected_accuracy=job.plan.expected_accuracy)
-    if unusable is not None:
+    if unusable:
+        name, reason = unusable[0]
         found.append(Finding("unusable images", "warning",
-                             f"{len(read) - len(readable)} of {len(read)} images cannot be used; the "
-                             f"first is {unusable.sample_id!r}: {unusable.reason}.",
-                             "Repair them; else they are set aside as quarantined."))
+                             f"{len(unusable)} of {len(chosen)} images cannot be used; the first is "
+                             f"{name!r}: {reason}.", "Repair them; else they are set aside as "
+                             "quarantined."))
     return found
 
 

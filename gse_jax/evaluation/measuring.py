@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Outcome
 from gse_jax.evaluation.cases import Case
 from gse_jax.evaluation.forward import Forward
@@ -76,17 +77,17 @@ def measured(attacked: Sequence[Attacked], forward: Forward, bounds) -> list[Fin
     Returns:
         As many Finished, in their order.
     """
-    finished = []
-    for start in range(0, len(attacked), forward.batch):
-        finished += _measure_batch(attacked[start:start + forward.batch], forward, bounds)
+    finished, batch = [], forward.batch  # which halves where memory runs out
+    for start in range(0, len(attacked), batch):
+        finished += _measure_batch(attacked[start:start + batch], forward, bounds, batch)
     return finished
 
 
-def _measure_batch(attacked, forward, bounds):
+def _measure_batch(attacked, forward, bounds, batch):
     clean = np.stack([one.task.sample.x for one in attacked])
     adversarial = np.stack([one.outcome.adversarials for one in attacked])
     predictions = forward(adversarial)
-    numbers = measure(clean, adversarial, bounds=bounds, batch=forward.batch)
+    numbers = measure(clean, adversarial, bounds=bounds, batch=batch)
     return [
         Finished(_judged(one, int(predictions.classes[i]), float(predictions.confidences[i]),
                          {name: values[i].item() for name, values in numbers.items()},
@@ -163,4 +164,5 @@ def _finite(value: float) -> float | None:
 
 
 def _inside(image, bounds) -> bool:
+    bounds = validation.rounded(bounds, image.dtype)
     return bool(np.isfinite(image).all() and image.min() >= bounds[0] and image.max() <= bounds[1])

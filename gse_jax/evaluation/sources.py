@@ -137,8 +137,9 @@ class Reader:
                              f"{list(self.image_shape)} as the others")
         if image.dtype.kind != "f":
             raise TypeError(f"the image is {image.dtype}, expected {self.dtype} as the others")
+        image = image.astype(self.dtype, copy=False)
         low, high = float(image.min()), float(image.max())
-        bounds = validation.rounded(self.bounds, image.dtype)
+        bounds = validation.rounded(self.bounds, self.dtype)
         if not np.isfinite([low, high]).all():
             raise ValueError("the image holds NaN or infinite pixels")
         if low < bounds[0] or high > bounds[1]:

@@ -267,6 +267,18 @@ def lost_records(run_dir: Path) -> list[Record]:
     return [record for key, record in lost.items() if key not in kept]
 
 
+def count_entries(run_dir: Path) -> int:
+    """Return how many records were ever written; it grows with all that changes the results.
+
+    Args:
+        run_dir: the run directory.
+
+    Returns:
+        Number of records, lost ones and those made anew included.
+    """
+    return sum(1 for _ in _all_records(run_dir))
+
+
 def _all_records(run_dir: Path) -> Iterator[tuple[Record, bool]]:
     """Walk over all records, and tell whether the array file that each points to is there."""
     known: dict[str, bool] = {}

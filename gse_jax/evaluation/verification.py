@@ -22,7 +22,7 @@ from gse_jax.evaluation.job import load_model
 from gse_jax.evaluation.measuring import measure
 from gse_jax.evaluation.plan import Plan
 from gse_jax.evaluation.run_directory import Run, open_run
-from gse_jax.evaluation.store import lost_records
+from gse_jax.evaluation.store import count_entries, lost_records
 from gse_jax.types import Record
 
 _LEVELS = 255  # of an 8-bit pixel
@@ -113,8 +113,9 @@ def verify(run_dir, *, model=None, quantize: bool = False) -> Verification:
                             f"({'; '.join(found)}); pass the run's own model and weights")
     forward = Forward(params, apply_fn, run.manifest["image_shape"])
     tally = _Tally(run, forward, quantize)
-    for batch in _batches(run, tally, forward.batch):
-        tally.look_at(batch)
+    size = forward.batch  # which halves where memory runs out
+    for batch in _batches(run, tally, size):
+        tally.look_at(batch, size)
     verification = tally.result()
     return verification._replace(path=_save(run, verification))
 
@@ -152,14 +153,14 @@ class _Tally:
         if self._num_problems <= _SHOWN_PROBLEMS:
             self._problems.append(f"{record['case']}, sample {record['sample_id']}: {text}")
 
-    def look_at(self, batch: Sequence[tuple[Record, np.ndarray, np.ndarray]]) -> None:
-        """Judge a batch of (record, clean, adversarial)."""
+    def look_at(self, batch: Sequence[tuple[Record, np.ndarray, np.ndarray]], size: int) -> None:
+        """Judge a batch of at most `size` (record, clean, adversarial)."""
         clean = np.stack([clean for _, clean, _ in batch])
         adversarial = np.stack([adversarial for _, _, adversarial in batch])
         if self._quantize:
             clean, adversarial = (quantized(x, self._bounds) for x in (clean, adversarial))
         before, after = self._forward(clean).classes, self._forward(adversarial).classes
-        numbers = measure(clean, adversarial, bounds=self._bounds, batch=self._forward.batch)
+        numbers = measure(clean, adversarial, bounds=self._bounds, batch=size)
         low, high = self._limits
         for i, (record, _, _) in enumerate(batch):
             image = adversarial[i]
@@ -230,7 +231,8 @@ def _batches(run: Run, tally: _Tally, size: int) -> Iterator[list[Any]]:
 def _save(run: Run, verification: Verification) -> Path | None:
     name = "verification-8bit.json" if verification.quantized else "verification.json"
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    content = json.dumps({"time": now, **verification.to_dict()}, indent=1).encode()
+    content = json.dumps({"time": now, "entries": count_entries(run.path),
+                          **verification.to_dict()}, indent=1).encode()
     try:
         write_file(run.path / name, lambda file: file.write(content))
     except StoreError:

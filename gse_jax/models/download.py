@@ -9,6 +9,7 @@ References:
 """
 
 import hashlib
+import http.client
 import os
 import re
 import urllib.error
@@ -89,7 +90,7 @@ def fetch(weights: str) -> Path:
     except urllib.error.HTTPError as error:
         error.close()
         raise FileNotFoundError(_advice(location, path, f"HTTP {error.code}")) from None
-    except OSError as error:  # No network, no name, timeout, broken connection.
+    except (OSError, http.client.HTTPException) as error:  # No network, no name, timeout, broken off.
         reason = getattr(error, "reason", None) or error
         raise FileNotFoundError(_advice(location, path, str(reason))) from None
     return path

@@ -51,13 +51,13 @@ def front_plot(means, complete, *, width=2 * COLUMN_WIDTH):
 
 
 def _draw(axes, rows, complete, column, name, style):
-    drawn = ~np.isnan(rows).any(1)
-    rows, complete = rows[drawn], complete[drawn]
+    whole = complete.all()
+    rows = rows[~np.isnan(rows).any(1)]
     order = np.argsort(rows[:, 2])
     if len(rows) == 1:
         style = {**style, "linestyle": "none", "markersize": 4}
         del style["dashes"]
-    if not complete.all():
+    if not whole:
         style = {**style, "markerfacecolor": "none"}
         name = f"{name} (ASR < 1)"
     axes.plot(rows[order, 2], rows[order, column], label=name, **style)

@@ -82,7 +82,8 @@ def write_table(rows, path_stem, *, left=1):
     """
     if not rows:
         raise ValueError("rows: there is no row to write")
-    body = [[cell if isinstance(cell, str) else show_number(cell) for cell in row.values()]
+    body = [[cell if isinstance(cell, str) else (show_rate if head.startswith("ASR") else
+                                                 show_number)(cell) for head, cell in row.items()]
             for row in rows]
     cells = (list(rows[0]), body)
     texts = {".csv": _csv(rows), ".md": _markdown(cells),
@@ -125,8 +126,28 @@ def show_number(value):
     """
     if value is None:
         return "\u2013"
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    size = abs(value)
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0 else 3
     return f"{value:,.{digits}f}"
+
+
+def show_rate(rate):
+    """Write a rate between 0 and 1; only a whole one is 1.000, and only none is 0.000.
+
+    Args:
+        rate: in [0, 1], or None.
+
+    Returns:
+        str, three decimals; an en dash for None.
+
+    References:
+        None.
+    """
+    return "\u2013" if rate is None else f"{_not_rounded_away(rate, 0.001):.3f}"
+
+
+def _not_rounded_away(share, step):
+    return share if share in (0, 1) or share != share else min(max(share, step), 1 - step)
 
 
 def show_share(share):
@@ -136,12 +157,12 @@ def show_share(share):
         share: in [0, 1], or None.
 
     Returns:
-        str, e.g. "97.5 %"; an en dash for None.
+        str, e.g. "97.5 %"; an en dash for None. Only a whole one is 100.0 %.
 
     References:
         None.
     """
-    return "\u2013" if share is None else f"{100 * share:.1f} %"
+    return "\u2013" if share is None else f"{100 * _not_rounded_away(share, 0.001):.1f} %"
 
 
 def _case_columns(rows):

@@ -1,6 +1,8 @@
 """Image folders and the NIPS 2017 layout: order, labels, resizing, damage, streaming."""
 
+import struct
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -49,6 +51,48 @@ def test_what_tools_leave_behind_is_no_class(folder):
     dataset = data.load(f"folder:{folder}")
     assert dataset.ids == expected.ids and dataset.class_names == expected.class_names
     np.testing.assert_array_equal(dataset.labels, expected.labels)
+
+
+def test_a_folder_without_images_leaves_numbers_labels(tmp_path):
+    for name in ("0", "2", "10"):
+        write(tmp_path / name / "1.png", PIXELS[0])
+    (tmp_path / "notes").mkdir()
+    assert data.load(f"folder:{tmp_path}").labels.tolist() == [0, 10, 2]
+    (tmp_path / "10").rename(tmp_path / "20240115123000")
+    with pytest.raises(ValueError, match="label 20240115123000 is too large"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_name_that_is_no_text_is_refused(folder):
+    (folder / "cat" / "9.PNG").rename(folder / "cat" / "caf\udce9.png")
+    with pytest.raises(ValueError, match=r"'cat/caf\\udce9.png' is not UTF-8"):
+        data.open_source(f"folder:{folder}")
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA", "ppm"])
+def test_colours_of_16_bits_are_refused(folder, kind):
+    def chunk(name, content):
+        return (struct.pack(">I", len(content)) + name + content
+                + struct.pack(">I", zlib.crc32(name + content)))
+
+    if kind == "ppm":
+        path, content = "cat/1.ppm", b"P6\n9 8\n65535\n" + bytes(9 * 8 * 6)
+    else:
+        code, channels = {"RGB": (2, 3), "RGBA": (6, 4), "LA": (4, 2)}[kind]
+        rows = (b"\0" + bytes(9 * channels * 2)) * 8
+        path, content = "cat/1.png", b"\x89PNG\r\n\x1a\n" + b"".join(
+            chunk(*part) for part in ((b"IHDR", struct.pack(">IIBBBBB", 9, 8, 16, code, 0, 0, 0)),
+                                      (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+    (folder / path).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: .*more than 8 bits per channel"):
+        data.load(f"folder:{folder}")
+
+
+def test_whatever_the_decoder_raises_names_the_file(folder, monkeypatch):
+    """A broken chunk makes Pillow raise SyntaxError, a huge image DecompressionBombError."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="cat/10.png: .*decompression bomb"):
+        data.load(f"folder:{folder}")
 
 
 def test_limit_and_relative_path(folder):

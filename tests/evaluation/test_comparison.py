@@ -59,6 +59,16 @@ def test_targeted_gives_best_average_and_worst():
         np.testing.assert_allclose(one.rows[0]["l2"], best[np.isfinite(best)].mean())
 
 
+@pytest.mark.parametrize("offsets", [(1, 5), (1, 6), (0,)])
+def test_offsets_that_hit_the_label_or_a_class_twice_end_it_before_anything_runs(offsets):
+    params, apply_fn, x, y = toy()
+    ran = []
+    with pytest.raises(ValueError, match="must differ modulo 5 classes"):
+        list(compare(params, apply_fn, x, np.asarray(y), methods=("pgd",), offsets=offsets,
+                     num_classes=5, bounds=(-1.0, 1.0), progress=ran.append))
+    assert not ran
+
+
 def test_an_unknown_method_ends_it_before_anything_runs():
     params, apply_fn, x, y = toy()
     with pytest.raises(ValueError, match="gze"):

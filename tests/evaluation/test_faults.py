@@ -285,7 +285,7 @@ def test_a_file_that_may_not_grow_is_told_and_nothing_is_lost(whole, tmp_path, c
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith(
-        "gse_jax.evaluation.durable.StoreError: run directory: cannot write"), errors
+        "gse_jax.types.StoreError: run directory: cannot write"), errors
     assert "the file-size limit is reached" in errors
     kept = table(open_run(tmp_path / "run"))
     assert 0 < len(kept) < 120

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks.validation import check_whole_numbers
+
 DOMAINS = ("original", "gse_paper", "cifar10", "imagenet")
 
 
@@ -119,6 +121,7 @@ def check_num_pixels(settings, image_shape) -> None:
     Raises:
         ValueError: unless 1 <= num_pixels <= H * W.
     """
+    check_whole_numbers(settings, {"num_pixels": 1})
     total = image_shape[0] * image_shape[1]
     if not 1 <= settings.num_pixels <= total:
         raise ValueError(f"settings.num_pixels={settings.num_pixels} must lie in [1, {total}] for "

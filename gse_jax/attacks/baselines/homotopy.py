@@ -117,12 +117,14 @@ class HomotopyState(NamedTuple):
         search: where the search stands, in units of `range_width`.
     Bookkeeping:
         record: best image by its number of groups, then by its largest change; status and counts.
+        best_tradeoff: [] lambda of the round that found the best image, 0 before that.
     """
 
     sample: Sample  # one image
     entries: jax.Array  # [] float
     search: Search
     record: Record
+    best_tradeoff: jax.Array  # [] float
 
 
 _ORIGINAL = (
@@ -172,7 +174,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def init(sample: Sample) -> HomotopyState:
         return HomotopyState(sample, largest_group(sample.x, sample.segments),
-                             start_search(sample.x, settings.num_new), start_record(sample))
+                             start_search(sample.x, settings.num_new), start_record(sample),
+                             jnp.zeros((), sample.x.dtype))
 
     def point(state: HomotopyState):
         return jnp.clip(state.sample.x + scale * state.search.trial, low, high)
@@ -196,10 +199,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         score = groups + 0.5 * jnp.max(jnp.abs(trial)) / params.radius
         record = note(state.record, state.sample, evaluation, point(state), score,
                       search.phase == OVER, targeted=targeted)
-        return HomotopyState(state.sample, state.entries, search, record)
+        best_tradeoff = jnp.where(record.score < state.record.score, state.search.tradeoff,
+                                  state.best_tradeoff)
+        return HomotopyState(state.sample, state.entries, search, record, best_tradeoff)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record, state.search.tradeoff))
+                     lambda state: outcome_of(state.record, state.best_tradeoff))
 
 
 HOMOTOPY = Method(bind=bind, preset=preset, check=check, segment=segment)

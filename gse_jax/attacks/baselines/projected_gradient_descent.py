@@ -157,11 +157,16 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
     low, high = bounds
     width = high - low
 
+    def inside(w, sample: Sample):
+        """Clip to perturbations whose image lies in the bounds, as the references do in each step."""
+        return jnp.clip(w, (low - sample.x) / width, (high - sample.x) / width)
+
     def start(sample: Sample, restart):
         if not settings.random_start:
             return jnp.zeros_like(sample.x)
-        return random_point(key_of(key, sample, restart), sample.x.shape, sample.x.dtype,
-                            settings.norm, jnp.asarray(hyperparams.radius, sample.x.dtype))
+        drawn = random_point(key_of(key, sample, restart), sample.x.shape, sample.x.dtype,
+                             settings.norm, jnp.asarray(hyperparams.radius, sample.x.dtype))
+        return inside(drawn, sample)
 
     def init(sample: Sample) -> PGDState:
         zero = jnp.zeros((), jnp.int32)
@@ -183,9 +188,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         begin = exhausted | clean if settings.random_start else exhausted
         restart = state.restart + exhausted.astype(jnp.int32)
         over = success | (exhausted & (restart >= settings.num_restarts))
-        moved = ascend(state.w, evaluation.gradient, settings.norm,
-                       jnp.asarray(hyperparams.radius, dtype),
-                       jnp.asarray(hyperparams.step_size, dtype))
+        moved = inside(ascend(state.w, evaluation.gradient, settings.norm,
+                              jnp.asarray(hyperparams.radius, dtype),
+                              jnp.asarray(hyperparams.step_size, dtype)), state.sample)
         fresh = start(state.sample, restart)
         return PGDState(
             sample=state.sample,

@@ -115,6 +115,9 @@ def check(settings, hyperparams, image_shape) -> None:
                               SparseRSHyperparams)
     configuration.check_choice(settings, "kind", ("l0", "patches", "frames"))
     configuration.check_num_pixels(settings, image_shape)
+    if settings.kind == "l0" and settings.num_pixels == image_shape[0] * image_shape[1]:
+        raise ValueError(f"settings.num_pixels={settings.num_pixels} are all pixels: none is left to "
+                         "exchange; use fewer")
     validation.check_whole_numbers(settings, {"max_queries": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams)
     height, width = image_shape[:2]

@@ -8,7 +8,8 @@ References:
 
 Differs from the reference:
     Frames are searched per image, not one for all. Images and patch positions need not be square,
-    and a patch may also lie at the last row or column. Every image has its own random numbers.
+    and a patch may also lie at the last row or column. Squares of a frame that leave the image go on at
+    the opposite border. Every image has its own random numbers.
 """
 
 import math
@@ -192,7 +193,7 @@ def move_frame(key, pattern: Pattern, num_pixels: int, fraction, begin) -> Patte
     thick = frame_width(num_pixels, height, width)
     inner = (slice(thick, height - thick), slice(thick, width - thick))
     mask = jnp.ones((height, width), bool).at[inner].set(False)
-    area = height * width - (height - 2 * thick) * (width - 2 * thick)
+    area = height * width - max(height - 2 * thick, 0) * max(width - 2 * thick, 0)
     key_seeds, key_colour, key_side, key_start = jax.random.split(key, 4)
     seeds = _mark(jax.random.uniform(key_seeds, (height, width), jnp.float32), mask, area,
                   _count(fraction, area))

@@ -287,9 +287,10 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         evals = state.evals + 1
 
         over = (evals >= state.budget) | (state.walk.round >= len(scales))
-        over |= (state.best_score[PATCHES] <= 1.0) & (state.best_score[PIXELS] <= 1.0)
-        unchanged = opening & jnp.all(here.image == x)
         kept = state.best_score[EXCESS] == 0.0
+        if settings.objective != "l2":
+            over |= kept & (state.best_score[PATCHES] <= 1.0) & (state.best_score[PIXELS] <= 1.0)
+        unchanged = opening & jnp.all(here.image == x)
         verdict = jnp.where(over | unchanged, jnp.where(kept, Status.FOUND, Status.NOT_FOUND),
                             RUNNING)
         verdict = jnp.where(unchanged & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)
