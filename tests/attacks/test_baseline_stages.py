@@ -21,7 +21,7 @@ from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings, stronge
 from gse_jax.attacks.baselines.record import key_of
 from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.lanes import evaluate
-from tests.toy_model import toy
+from tests.toy_model import linear_logits, toy
 
 
 def states_of(method, settings, steps, hyperparams=None, targeted=False):
@@ -208,6 +208,26 @@ def test_ascent_stays_in_the_ball_and_random_points_fill_it(norm):
              for key in jax.random.split(jax.random.key(0), 200)]
     sizes = np.asarray([size(draw) for draw in draws])
     assert sizes.max() <= 0.3 and sizes.max() > 0.28 and sizes.min() < 0.2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_stays_in_the_image_box(norm):
+    """Half of the pixels lie on the bounds: what points outwards there must not use up the ball."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(192, 3))), jnp.zeros(3)
+    x = jnp.asarray(rng.choice([0.0, 1.0, 0.3, 0.6], (1, 8, 8, 3)))
+    settings = projected_gradient_descent.PGDSettings(max_steps=12, norm=norm)
+    hyperparams = projected_gradient_descent.PGDHyperparams(0.02, 0.01)
+    attack = METHODS["pgd"].bind(settings, hyperparams, targeted=False, bounds=(0.0, 1.0),
+                                 key=jax.random.key(0))
+    y = linear_logits(params, x).argmax(-1).astype(jnp.int32)
+    state = jax.vmap(attack.init)(Sample(x, y, -jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)))
+    for _ in range(10):
+        evaluation, _ = evaluate(attack, lambda x: linear_logits(params, x), state)
+        state = jax.vmap(attack.step)(state, evaluation)
+        image = x + state.w
+        assert float(image.min()) >= 0.0 and float(image.max()) <= 1.0
+    assert bool((state.w != 0).any())
 
 
 def test_binary_search_over_the_margin_weight():

@@ -94,8 +94,17 @@ def test_frames_are_the_border_within_the_budget():
     assert 1 <= changed <= 4 * 4  # four seeds of 2 x 2 pixels
 
 
+def test_a_frame_may_be_the_whole_image():
+    """20 x 9 pixels: five thick, more than half the width."""
+    pattern = moves.move_frame(jax.random.key(1), moves.empty_pattern((20, 9, 3)), 180,
+                               jnp.asarray(0.05), jnp.asarray(True))
+    assert bool(pattern.mask.all())
+
+
 @pytest.mark.parametrize("settings, message", [
     (SparseRSSettings(num_pixels=0), "num_pixels=0"),
+    (SparseRSSettings(num_pixels=25.6), "num_pixels=25.6 must be a whole number"),
+    (SparseRSSettings(num_pixels=256), "none is left to exchange"),
     (SparseRSSettings(num_pixels=1000), "num_pixels=1000"),
     (SparseRSSettings(num_pixels=20, kind="frames"), "at least 60"),
     (SparseRSSettings(num_pixels=20, kind="lines"), "'l0', 'patches', 'frames'"),

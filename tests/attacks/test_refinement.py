@@ -1,6 +1,7 @@
 """The refinement: its stages against brute force, and that it never makes an image worse."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,21 @@ def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     least = gse_jax.refine(params, linear_logits, x, given, y, objective="l2", bounds=BOUNDS)
     ratio = numbers(x, least.adversarials)["l2"] / smallest
     assert (ratio >= 1.0 - 1e-5).all() and (ratio <= 1.1).all()
+
+
+def test_one_pixel_is_the_end_for_the_count_not_for_the_norm():
+    """A single changed pixel in the corner, much larger than it need be."""
+    kernel = jnp.zeros((192, 2)).at[0, 1].set(1.0)
+    params = (kernel, jnp.asarray([0.1, 0.0]))
+    x = jnp.zeros((1, 8, 8, 3))
+    given = x.at[0, 0, 0, 0].set(0.9)
+    y = jnp.zeros(1, jnp.int32)
+    refine = functools.partial(gse_jax.refine, params, linear_logits, x, given, y, bounds=BOUNDS)
+    assert int(refine().gradient_evals[0]) == 1
+    for options in (dict(objective="l2"), dict(max_l2=0.3)):
+        result = refine(**options)
+        assert result.status[0] == Status.FOUND
+        assert 0.1 < float(jnp.abs(result.adversarials).sum()) <= 0.3
 
 
 @pytest.mark.slow

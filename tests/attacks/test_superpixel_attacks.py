@@ -37,6 +37,19 @@ def linear_problem(count=3, side=16):
     return params, x, linear_logits(params, x).argmax(-1).astype(jnp.int32)
 
 
+def test_the_tradeoff_of_homotopy_is_that_of_its_best_image():
+    params, x, y = linear_problem()
+    settings = HomotopySettings(max_steps=20, max_rounds=3, num_segments=20)
+    attack = lambda params, y: gse_jax.attack(params, linear_logits, x, y, method="homotopy",
+                                              settings=settings)
+    result = attack(params, y)
+    assert bool((result.status == gse_jax.Status.FOUND).any())
+    np.testing.assert_array_equal(result.tradeoff > 0, result.status == gse_jax.Status.FOUND)
+    hopeless = attack((params[0] * 1e-9, params[1].at[0].set(1.0)), 0 * y)
+    np.testing.assert_array_equal(hopeless.status, gse_jax.Status.NOT_FOUND)
+    np.testing.assert_array_equal(hopeless.tradeoff, 0.0)
+
+
 def states_of(method, settings, hyperparams, steps):
     params, x, y = linear_problem()
     algorithm = METHODS[method].bind(settings, hyperparams, targeted=False, bounds=(0.0, 1.0),

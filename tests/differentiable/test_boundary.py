@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax.differentiable.saddle_point import saddle_point_solve
 from tests.toy_model import golden, linear_logits, small_logits, toy
 
 BOUNDS = (-1.0, 1.0)
@@ -33,6 +34,17 @@ def curved():
 def solve(params, apply_fn, x, y, adversarials, **options):
     return gse_jax.implicit_attack(params, apply_fn, x, y, adversarials=adversarials,
                                    bounds=BOUNDS, num_steps=40, **options)
+
+
+def test_an_image_without_any_gradient_spoils_no_other():
+    """The model looks at bright pixels only: where nothing is to be solved, 0 / 0 must not come back."""
+    def solve(scale):
+        matvec = lambda pair: (pair[0] + scale * 0.0 * pair[1], 0.0 * scale * pair[0].sum())
+        d, e = saddle_point_solve(matvec, (jnp.ones(4), jnp.asarray(0.0)))
+        return d.sum() + e
+
+    value, slope = jax.value_and_grad(solve)(2.0)
+    assert np.isfinite(value) and np.isfinite(slope)
 
 
 def test_linear_model_has_the_known_solution():
