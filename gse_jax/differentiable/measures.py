@@ -13,7 +13,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gse_jax.attacks.validation import is_traced
 from gse_jax.metrics import perturbation
 from gse_jax.metrics.sparsity import unit_scale
 
@@ -61,8 +63,11 @@ def smooth_patch_count(x, adversarials, *, patch_size=8, smoothing=0.01, bounds=
         [N] between 0 and d_{2,0}.
 
     Raises:
-        ValueError: if a patch does not fit, or for `bounds` that are not low < high.
+        ValueError: if a patch does not fit, for `smoothing` that is not positive, or for `bounds` that
+            are not low < high.
     """
+    if not is_traced(smoothing) and not np.all(np.asarray(smoothing) > 0.0):
+        raise ValueError(f"smoothing={smoothing} must be > 0; an untouched patch would count 0 / 0")
     w = perturbation(x, adversarials) * unit_scale(bounds)
     if not 1 <= patch_size <= min(w.shape[1:3]):
         raise ValueError(f"patch_size={patch_size} must lie between 1 and the image's side "

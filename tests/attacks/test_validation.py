@@ -138,6 +138,13 @@ def test_settings_that_count_are_whole_numbers(field, value):
         attack(settings=dataclasses.replace(S, **{field: value}))
 
 
+@pytest.mark.parametrize("method, field", [("sparse_rs", "alpha"), ("sigma_zero", "threshold")])
+def test_fractions_end_at_one(method, field):
+    _, hyperparams = gse_jax.preset(method, "cifar10")
+    with pytest.raises(ValueError, match=f"hyperparams.{field}=5 must be <= 1"):
+        attack(method=method, hyperparams=hyperparams._replace(**{field: 5.0}))
+
+
 @pytest.mark.parametrize("method, field", [("sigma_zero", "max_steps"), ("gse_refined", "max_evals"),
                                            ("gse_refined", "search_runs"), ("pgd", "num_restarts")])
 def test_so_are_those_of_other_methods(method, field):

@@ -93,6 +93,8 @@ def test_bad_arguments_are_named_in_one_line():
                 gse_jax.GSEHyperparams(), mu=[0.1, -1.0]))),
         (ValueError, "tradeoff must hold finite numbers", lambda: differentiable.sweep(
             params, linear_logits, x, y, good, tradeoff=[1.0, np.nan])),
+        (ValueError, "smoothing=0.0 must be > 0", lambda: differentiable.smooth_patch_count(
+            x, x, smoothing=0.0)),
         (ValueError, "patch_size=9", lambda: differentiable.smooth_patch_count(
             x, x, patch_size=9)),
     ]

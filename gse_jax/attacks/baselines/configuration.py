@@ -75,12 +75,13 @@ def check_choice(settings, name: str, choices) -> None:
                          f"{', '.join(map(repr, choices))}")
 
 
-def check_numbers(hyperparams, may_be_zero=()) -> None:
+def check_numbers(hyperparams, may_be_zero=(), at_most_one=()) -> None:
     """Refuse hyperparameters that are not single positive finite numbers.
 
     Args:
         hyperparams: NamedTuple of numbers; traced values are not looked at.
         may_be_zero: fields for which 0 is allowed.
+        at_most_one: fields that end at 1.
 
     Raises:
         ValueError: naming the field.
@@ -96,6 +97,8 @@ def check_numbers(hyperparams, may_be_zero=()) -> None:
         if not (math.isfinite(number) and (number >= 0.0 if zero_ok else number > 0.0)):
             raise ValueError(f"hyperparams.{name}={number:g} must be finite and "
                              f"{'>= 0' if zero_ok else '> 0'}")
+        if name in at_most_one and number > 1.0:
+            raise ValueError(f"hyperparams.{name}={number:g} must be <= 1")
 
 
 def check_range_width(settings) -> None:

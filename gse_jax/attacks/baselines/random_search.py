@@ -119,7 +119,7 @@ def check(settings, hyperparams, image_shape) -> None:
         raise ValueError(f"settings.num_pixels={settings.num_pixels} are all pixels: none is left to "
                          "exchange; use fewer")
     validation.check_whole_numbers(settings, {"max_queries": 1, "num_restarts": 1})
-    configuration.check_numbers(hyperparams)
+    configuration.check_numbers(hyperparams, at_most_one=("alpha",))
     height, width = image_shape[:2]
     if settings.max_queries > 200_000:  # the schedule counts to 10,000 times as many in int32
         raise ValueError(f"settings.max_queries={settings.max_queries} must be <= 200000; "

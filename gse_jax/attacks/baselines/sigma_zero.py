@@ -105,7 +105,8 @@ def check(settings, hyperparams, image_shape) -> None:
     configuration.check_types("sigma_zero", settings, hyperparams, SigmaZeroSettings,
                               SigmaZeroHyperparams)
     validation.check_whole_numbers(settings, {"max_steps": 1})
-    configuration.check_numbers(hyperparams, may_be_zero=("threshold", "threshold_rate"))
+    configuration.check_numbers(hyperparams, may_be_zero=("threshold", "threshold_rate"),
+                                at_most_one=("threshold",))
 
 
 def learning_rate_at(step, max_steps, first):
