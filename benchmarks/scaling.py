@@ -78,7 +78,7 @@ def measure_real(kind, count, devices):
     bare = Bare(params, apply_fn, x[:64])
     before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
     for stretch in stretches(count):
-        watch.stop()
+        watch()
         evals += int(stretch.outcome.gradient_evals.sum())
         found += len(stretch.sample_ids)
     watch.stop()
