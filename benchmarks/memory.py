@@ -49,7 +49,7 @@ def measure(count, lanes, side):
     y = np.concatenate([np.asarray(apply_fn(params, x[i:i + 100]).argmax(-1))
                         for i in range(0, count, 100)])
     settings = gse_jax.GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
-    gse_jax.attack(params, apply_fn, x, y, lanes=lanes, settings=settings)
+    jax.block_until_ready(gse_jax.attack(params, apply_fn, x, y, lanes=lanes, settings=settings))
     print(json.dumps({"images": count, "lanes": lanes, "side": side, "peak_mib": peak() - before,
                       "images_mib": 2 * x.nbytes / 2**20}))
 
