@@ -388,7 +388,7 @@ def test_short_attacks_keep_their_lanes_busy():
                             settings=GSESettings(num_runs=2, max_steps=5, phase1_steps=3))
     used = int(result.forward_evals.sum())
     assert used / len(x) < 12
-    assert used > 0.9 * seen[-1].lane_evals
+    assert used > 0.97 * seen[-1].lane_evals  # with two places per lane 0.93
 
 
 def test_results_that_do_not_fit_into_the_device_are_not_lost(expected, monkeypatch):

@@ -20,7 +20,7 @@ from gse_jax.evaluation import (
 from gse_jax.evaluation import evaluator
 from gse_jax.evaluation.job import set_up
 from gse_jax.types import Record
-from tests.evaluation.small_run import PLAN, SHORT, arrays, dataset, model, same_tables, table
+from tests.evaluation.small_run import CLASSES, PLAN, SHORT, arrays, dataset, model, same_tables, table
 from tests.toy_model import small_logits
 
 
@@ -268,3 +268,12 @@ def test_fast_writers_agree_on_one_manifest(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluator, "preflight", slow)
     assert evaluate_small(tmp_path, shard=(0, 2)).complete
+
+
+def test_images_that_need_no_attack_are_told_as_they_are_classified(tmp_path):
+    """Else a long stretch of them is neither stored nor seen by the watchdog."""
+    data, seen = dataset(200), []
+    wrong = data._replace(labels=((data.labels + 2) % CLASSES).astype(np.int32))
+    evaluate(dataclasses.replace(PLAN, attacks=PLAN.attacks[:1]), tmp_path, model=model(), data=wrong,
+             force=True, on_progress=lambda progress: seen.append(progress.done))
+    assert seen[-1] == 200 and len({done for done in seen if 0 < done < 200}) >= 2
