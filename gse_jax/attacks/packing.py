@@ -8,10 +8,11 @@ accelerator, whose narrow calls hardly cost less than wider ones, a fourth and a
 
 Simulated with the evaluations of 358 real images on two CPU devices, this keeps the model at 82 % of
 its best throughput for 16 images, 93 % for 64 and 99 % for 400; fewer lanes without parking (8, 4, 2,
-1), which needs more compilations, at 68 %, 90 % and 98 %. With an H100's times (1.66, 4.36 and 15.2 ms
-for 64, 256 and 1,024 lanes of a ResNet-20) it keeps 81 % for 10,000 images and 58 % for 1,024, where
-the slowest image alone, 808 calls one after the other, takes 60 % of the time that the model needs for
-all; narrower calls without parking keep 79 % and 39 %. (Measured there: 78 % and 54 %.)
+1), which needs more compilations, at 68 %, 90 % and 98 %. With an H100's times (1.60, 4.15 and 14.95 ms
+for 64, 256 and 1,024 lanes of a ResNet-20) it keeps 61 % for 1,024 images (measured on an H200: 61 %,
+and 83 % for 10,000). There the slowest image decides, 808 calls one after the other: if it were known
+from the beginning, 70 %; a call of hardly any lanes takes 0.9 ms, so that no order comes above 75 %. A
+third narrow width, a compilation more, would give 63 %.
 """
 
 import jax
@@ -81,7 +82,7 @@ def pack(lanes: LanesState, parked: LanesState | None, width: int,
         (lanes [D * width, ...], parked [P, ...]) of NumPy arrays; parked images keep their order
         and follow those that were in a lane.
     """
-    everything = jax.tree.map(np.asarray, lanes)
+    everything = jax.device_get(lanes)  # all arrays at once
     if parked is not None:
         everything = jax.tree.map(lambda *a: np.concatenate(a), everything, parked)
     unfinished = np.flatnonzero(everything.sample_id != NO_SAMPLE)

@@ -3,10 +3,12 @@
 The device program (`lanes.drain`) works for a bounded number of model calls and returns. Between
 two calls the host stores what is finished, deals the waiting images out to the devices again, and
 in the tail, when no image waits, packs the unfinished ones into fewer lanes (`packing.py`). The images
-wait in host memory, so device memory does not grow with their number. Nothing here depends on
-time, so a run repeats itself.
+wait in host memory, so device memory does not grow with their number. An accelerator's outcomes are
+copied while its next stretch works. Nothing here depends on time, so a run repeats itself, but for the
+rounding of a GPU's kernels.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -50,7 +52,6 @@ _LARGE_JOB = 4
 # Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
 # more than one in four calls. Dealt again when half of them are taken.
 _QUEUE_PER_LANE = 8
-_MANY_PLACES = 512  # for outcomes, per device, from which on only those that are written are copied
 _FEW = 8  # images per device up to which a CPU works at the width of the tail from the beginning
 
 
@@ -146,23 +147,26 @@ class _Dealer:
         return jax.device_put(queue, self._sharding), len(fresh)
 
 
-def _collect(finished) -> tuple[np.ndarray, Outcome] | None:
-    """Copy finished outcomes into host memory: (sample ids, outcome)."""
-    counts = np.asarray(finished.count)
-    if not counts.any():
-        return None
-    places = finished.sample_id.shape[0] // len(counts)
-    length = places
-    # All places of many lanes are megabytes; few lengths, because each is a compilation.
-    while length >= _MANY_PLACES and 2 * counts.max() <= length:
-        length //= 2
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _first(arrays, num_devices: int, length: int):
+    """Return the first `length` rows of every device's share."""
+    def first(array):
+        shares = array.reshape(num_devices, -1, *array.shape[1:])[:, :length]
+        return shares.reshape(-1, *array.shape[1:])
 
-    def rows(array):
-        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-        parts = (shard.data if length == places else shard.data[:length] for shard in shards)
-        return np.concatenate([np.asarray(part)[:count] for part, count in zip(parts, counts)])
+    return jax.tree.map(first, arrays)
 
-    return rows(finished.sample_id), Outcome(*map(rows, finished.outcome))
+
+def _begin_copy(written, counts):
+    """Let what an accelerator has finished set out for host memory; without waiting for it."""
+    length, places = 4, written[0].shape[0] // len(counts)
+    while length < counts.max():  # few lengths, because each is a compilation
+        length *= 4
+    if length < places:  # all of them are megabytes
+        written = _first(written, len(counts), length)
+    for array in jax.tree.leaves(written):
+        array.copy_to_host_async()
+    return written
 
 
 class Stretch(NamedTuple):
@@ -177,6 +181,69 @@ class Stretch(NamedTuple):
     sample_ids: np.ndarray  # [M] i32
     outcome: Outcome  # [M, ...]
     lane_evals: int
+
+
+def _stretch(written, counts, lane_evals) -> Stretch:
+    """Make a Stretch of sample ids and outcomes, of which `counts` are written on each device."""
+    def rows(array):
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data)[:count]
+                               for shard, count in zip(shards, counts)])
+
+    return Stretch(*jax.tree.map(rows, written), lane_evals)
+
+
+def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
+    """Do the work of `stream`; yields the arguments of `_stretch`."""
+    devices, width = _layout(num_images, lanes, image_shape)
+    if width >= _LARGE_JOB:
+        hint_at_idle_cores(devices)
+    mesh = make_mesh(devices)
+    sharding = split(mesh)
+    pixels = max(64 * 64, image_shape[0] * image_shape[1])
+    platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
+    tail = _CALLS_IN_TAIL if platform == "cpu" else _CALLS
+    calls, calls_in_tail = (np.int32(max(2, n * 64 * 64 // pixels)) for n in (_CALLS, tail))
+    per_lane = min(_QUEUE_PER_LANE, int(calls))
+    params, hyperparams, key, calls, calls_in_tail = jax.device_put(
+        (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
+    dealer = _Dealer(iter(batches), len(devices), sharding)
+    dealer.fill(1)
+    if not dealer.stock:
+        return
+    algorithm = program.algorithm(hyperparams, key)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
+    state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
+    queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
+    parked = None  # images of the tail that wait, half-way, for a lane
+    while unfinished:
+        advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
+        state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
+        counts, begin, made = jax.device_get((finished.count, queue.begin, made))
+        unfinished -= int(counts.sum())
+        written = finished.sample_id, finished.outcome
+        written = written if platform == "cpu" else _begin_copy(written, counts)
+        yield written, counts, width * int(made.sum())
+        waiting = dealer.waiting(begin)
+        low = 2 * min(waiting) <= per_lane * width
+        if low:
+            dealer.fill(1)
+        if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
+            queue, fresh = dealer.deal(begin, per_lane * width)
+            unfinished += fresh
+        elif unfinished and not sum(waiting):
+            narrow = tail_width(unfinished, width, len(devices), platform, narrowest)
+            calls = calls_in_tail
+            # The states of an accelerator's lanes are megabytes: not for a few of them.
+            least = 1 if platform == "cpu" else max(1, width // 8)
+            if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices), least):
+                state, parked = pack(state, parked, narrow, len(devices))
+                state = jax.device_put(state, sharding)
+                if narrow < width:
+                    width = narrow
+                    # As many places of the empty queue as this width wants.
+                    samples = _first(queue.samples, len(devices), per_lane * width)
+                    queue = queue._replace(samples=samples)
 
 
 def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample], *,
@@ -200,54 +267,19 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
     Yields:
         Stretch, in the order in which images finish. Every image is in exactly one.
     """
-    devices, width = _layout(num_images, lanes, image_shape)
-    if width >= _LARGE_JOB:
-        hint_at_idle_cores(devices)
-    mesh = make_mesh(devices)
-    sharding = split(mesh)
-    pixels = max(64 * 64, image_shape[0] * image_shape[1])
-    platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
-    tail = _CALLS_IN_TAIL if platform == "cpu" else _CALLS
-    calls, calls_in_tail = (np.int32(max(2, n * 64 * 64 // pixels)) for n in (_CALLS, tail))
-    per_lane = min(_QUEUE_PER_LANE, int(calls))
-    params, hyperparams, key, calls, calls_in_tail = jax.device_put(
-        (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
-    dealer = _Dealer(iter(batches), len(devices), sharding)
-    dealer.fill(1)
-    if not dealer.stock:
-        return
-    algorithm = program.algorithm(hyperparams, key)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
-    state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
-    queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
-    nothing = jax.eval_shape(jax.vmap(algorithm.finish), state.attack)
-    nothing = jax.tree.map(lambda a: np.zeros((0, *a.shape[1:]), a.dtype), nothing)
-    parked = None  # images of the tail that wait, half-way, for a lane
-    while unfinished:
-        advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
-        state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
-        ids, outcome = _collect(finished) or (np.zeros(0, np.int32), nothing)
-        unfinished -= len(ids)
-        yield Stretch(ids, outcome, width * int(np.asarray(made).sum()))
-        begin = np.asarray(queue.begin)
-        waiting = dealer.waiting(begin)
-        low = 2 * min(waiting) <= per_lane * width
-        if low:
-            dealer.fill(1)
-        if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
-            queue, fresh = dealer.deal(begin, per_lane * width)
-            unfinished += fresh
-        elif unfinished and not sum(waiting):
-            narrow = tail_width(unfinished, width, len(devices), platform, narrowest)
-            calls = calls_in_tail
-            # The states of an accelerator's lanes are megabytes: not for a few of them.
-            least = 1 if platform == "cpu" else max(1, width // 8)
-            if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices), least):
-                state, parked = pack(state, parked, narrow, len(devices))
-                state = jax.device_put(state, sharding)
-                if narrow < width:  # else the empty queue will do
-                    width = narrow
-                    queue, _ = dealer.deal(begin, per_lane * width)
+    behind = _platform(jax.local_devices()) != "cpu"
+    last = None  # an accelerator's comes out when the next one is done: it is copied meanwhile
+    try:
+        for done in _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
+            last, ready = (done, last) if behind else (None, done)
+            if ready is not None:
+                yield _stretch(*ready)
+    except (Exception, KeyboardInterrupt):  # what is finished comes out before it
+        if last is not None:
+            yield _stretch(*last)
+        raise
+    if last is not None:
+        yield _stretch(*last)
 
 
 def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int | None,
