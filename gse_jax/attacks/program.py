@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +18,10 @@ from gse_jax.attacks.precision import multiplying
 from gse_jax.types import ApplyFn
 
 AXIS = "devices"
+
+# What XLA makes one CUDA graph of, which the host launches as a whole: its default, and convolutions.
+_GRAPHS = "xla_gpu_enable_command_buffer"
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +107,36 @@ def hashable(apply_fn):
         return _SameParts(apply_fn, leaves, tree)
 
 
+def _takes_graphs(mesh) -> bool:
+    """Tell whether convolutions may go into CUDA graphs: on such a device, unless the user has chosen."""
+    return ("NVIDIA" in mesh.devices.flat[0].device_kind
+            and _GRAPHS not in os.environ.get("XLA_FLAGS", ""))
+
+
+class _InGraphs:
+    """A program with its convolutions in CUDA graphs, which saves the launch of every kernel.
+
+    XLA leaves them out by default because not every convolution can be captured: where the first
+    call fails, this one and all later ones run without.
+    """
+
+    def __init__(self, in_graphs, plain):
+        self._in_graphs, self._plain = in_graphs, plain
+        self._chosen = None
+
+    def __call__(self, params, hyperparams, key, lanes, queue, max_iterations):
+        if self._chosen is None:
+            copy = jax.tree.map(jnp.copy, lanes)  # donated, and gone if this fails
+            try:
+                result = jax.block_until_ready(
+                    self._in_graphs(params, hyperparams, key, copy, queue, max_iterations))
+                self._chosen = self._in_graphs
+                return result
+            except jax.errors.JaxRuntimeError:
+                self._chosen = self._plain
+        return self._chosen(params, hyperparams, key, lanes, queue, max_iterations)
+
+
 @functools.lru_cache(maxsize=32)
 def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
     """Compile `program` for lanes and queues spread over a mesh.
@@ -129,7 +165,11 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
                            out_specs=P(AXIS), check_vma=False)
     # Without out_shardings XLA calls arrays of no elements replicated, and the next call, whose
     # input is this output, would compile everything once more.
-    return jax.jit(spread, donate_argnums=3, out_shardings=NamedSharding(mesh, P(AXIS)))
+    compiled = functools.partial(jax.jit, spread, donate_argnums=3,
+                                 out_shardings=NamedSharding(mesh, P(AXIS)))
+    if not _takes_graphs(mesh):
+        return compiled()
+    return _InGraphs(compiled(compiler_options={_GRAPHS: _IN_GRAPHS}), compiled())
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import METHODS, api, attack_stream, runner
+from gse_jax.attacks import METHODS, api, attack_stream, program, runner
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
@@ -84,11 +84,54 @@ def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
         return apply_fn(params, images)
 
     monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
-    monkeypatch.setattr(runner, "_MANY_PLACES", 8)
     monkeypatch.setattr(runner, "default_lanes_per_device", lambda *_: 16)
     result = ATTACK(params, noted, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat))
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
     assert seen >= widths and max(seen) == max(widths)
+
+
+@pytest.mark.parametrize("kinds", ["FUSION", "NO_SUCH_KIND"])
+def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, monkeypatch, kinds):
+    """A CPU takes the option and does nothing with it; an unknown kind fails as a capture would."""
+    params, apply_fn, x, y = toy()
+    monkeypatch.setattr(program, "_takes_graphs", lambda mesh: True)
+    monkeypatch.setattr(program, "_IN_GRAPHS", kinds)
+    made = []
+
+    class Noted(program._InGraphs):
+        def __init__(self, *both):
+            super().__init__(*both)
+            made.append(self)
+
+    monkeypatch.setattr(program, "_InGraphs", Noted)
+    same(ATTACK(params, lambda params, x: apply_fn(params, x), x, y), expected)
+    assert made and all((run._chosen is run._in_graphs) == (kinds == "FUSION") for run in made)
+
+
+def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
+    """An accelerator's outcomes are copied while it works on; they come out before its error does."""
+    params, apply_fn, x, y = toy()
+    whole, calls = runner.on_mesh, []
+
+    def failing(*arguments, **options):
+        run = whole(*arguments, **options)
+
+        def call(*values):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("lost the device")
+            return run(*values)
+
+        return call
+
+    monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
+    monkeypatch.setattr(runner, "on_mesh", failing)
+    monkeypatch.setattr(runner, "_CALLS", 4)
+    done = []
+    with pytest.raises(RuntimeError, match="lost the device"):
+        ATTACK(params, apply_fn, jnp.tile(x, (8, 1, 1, 1)), jnp.tile(y, 8), lanes=4,
+               progress=lambda progress: done.append(progress.lane_evals))
+    assert len(done) == 2
 
 
 def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch):
