@@ -45,6 +45,7 @@ def write(name, args, rows):
     versions = {"gse_jax": gse_jax.__version__, "jax": jax.__version__,
                 "python": platform.python_version(), "numpy": np.__version__}
     command = " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = command.replace(f" --out {args.out}", "")
     record = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
               "load_average": os.getloadavg()[0], "rows": rows}
     suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
