@@ -5,14 +5,16 @@ worked in fewer lanes while the others are parked on the host, half-way; a parke
 lane that falls free, and all are spread evenly over the devices. That keeps lanes busy at few widths,
 so at few compilations: on CPU, where a call costs what its lanes cost, 4 lanes and 1; on an
 accelerator, whose narrow calls hardly cost less than wider ones, a fourth and a sixteenth of the default.
+Images that have most of their work ahead go first, as far as the attack can tell: a long one that
+waits makes the tail longer.
 
-Simulated with the evaluations of 358 real images on two CPU devices, this keeps the model at 82 % of
-its best throughput for 16 images, 93 % for 64 and 99 % for 400; fewer lanes without parking (8, 4, 2,
-1), which needs more compilations, at 68 %, 90 % and 98 %. With an H100's times (1.60, 4.15 and 14.95 ms
-for 64, 256 and 1,024 lanes of a ResNet-20) it keeps 61 % for 1,024 images (measured on an H200: 61 %,
-and 83 % for 10,000). There the slowest image decides, 808 calls one after the other: if it were known
-from the beginning, 70 %; a call of hardly any lanes takes 0.9 ms, so that no order comes above 75 %. A
-third narrow width, a compilation more, would give 63 %.
+Simulated with the runs of 99 real images, this keeps the model at 84 % of its best throughput for 16
+images on two CPU devices, 91 % for 64 and 94 % for 400. With an H100's times (1.60, 4.15 and 14.95 ms
+for 64, 256 and 1,024 lanes of a ResNet-20) at 64 % for 1,024 images, 71 % for 1,500 and 87 % for 10,000;
+without the order, and narrower only where half of the lanes idle, at 59, 62 and 85 % (measured so on an
+H200: 61 % for 1,024 and 83 % for 10,000). With as many images as lanes the slowest one decides, 808 calls
+one after the other: were it known from the beginning, 70 %; a call of hardly any lanes takes 0.9 ms, so
+that no order comes above 75 %.
 """
 
 import jax
@@ -24,6 +26,7 @@ from gse_jax.attacks.lanes import LanesState
 # An image costs 4 % more in a call of 4 than in one of 8 or 16, and 40 % more alone.
 CPU_TAIL_WIDTH = 4
 _STEP_ON_ACCELERATORS = 4  # each narrower width is a compilation
+FULL_ENOUGH = 0.75  # of an accelerator's lanes; below, a narrower call with images parked costs less
 
 
 def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
@@ -44,7 +47,7 @@ def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
     if platform == "cpu":
         # Whoever asked for fewer lanes than that compiles one program.
         return min(width, CPU_TAIL_WIDTH) if share >= CPU_TAIL_WIDTH or width < CPU_TAIL_WIDTH else 1
-    while 2 * share <= width and width // _STEP_ON_ACCELERATORS >= narrowest:
+    while share <= FULL_ENOUGH * width and width // _STEP_ON_ACCELERATORS >= narrowest:
         width //= _STEP_ON_ACCELERATORS
     return width
 
@@ -68,8 +71,8 @@ def lanes_to_fill(sample_id, parked: LanesState | None, num_devices: int, least:
     return bool((waiting and idle >= min(least, waiting, occupied.size)) or left.max() - left.min() > least)
 
 
-def pack(lanes: LanesState, parked: LanesState | None, width: int,
-         num_devices: int) -> tuple[LanesState, LanesState]:
+def pack(lanes: LanesState, parked: LanesState | None, width: int, num_devices: int,
+         progress=None) -> tuple[LanesState, LanesState]:
     """Fill `width` lanes per device with unfinished images, evenly, and park the rest.
 
     Args:
@@ -77,15 +80,19 @@ def pack(lanes: LanesState, parked: LanesState | None, width: int,
         parked: what the last call returned; None for nothing.
         width: lanes per device from now on.
         num_devices: D.
+        progress: see `Algorithm`; None for no preference.
 
     Returns:
-        (lanes [D * width, ...], parked [P, ...]) of NumPy arrays; parked images keep their order
-        and follow those that were in a lane.
+        (lanes [D * width, ...], parked [P, ...]) of NumPy arrays. Images with the least progress come
+        first, in a lane or parked; equal ones keep their order, parked ones after those in a lane.
     """
     everything = jax.device_get(lanes)  # all arrays at once
     if parked is not None:
         everything = jax.tree.map(lambda *a: np.concatenate(a), everything, parked)
     unfinished = np.flatnonzero(everything.sample_id != NO_SAMPLE)
+    if progress is not None:
+        order = np.argsort(progress(everything.attack)[unfinished], kind="stable")
+        unfinished = unfinished[order]
     chosen, rest = np.split(unfinished, [min(len(unfinished), width * num_devices)])
     source = np.full((num_devices, width), -1)
     for place, lane in enumerate(chosen):

@@ -18,7 +18,7 @@ import numpy as np
 
 from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
 from gse_jax.attacks.lanes import Queue, idle_lanes
-from gse_jax.attacks.packing import CPU_TAIL_WIDTH, lanes_to_fill, pack, tail_width
+from gse_jax.attacks.packing import CPU_TAIL_WIDTH, FULL_ENOUGH, lanes_to_fill, pack, tail_width
 from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split
 from gse_jax.devices import hint_at_idle_cores
 
@@ -96,8 +96,8 @@ def _layout(num_images, lanes, image_shape):
         if platform == "cpu" and share <= _FEW:
             width = tail_width(num_images, CPU_TAIL_WIDTH, len(devices), "cpu")
         elif platform != "cpu" and share <= width:
-            # Half of them, because `tail_width` narrows where half of the lanes would idle.
-            width = tail_width(-(-num_images // 2), width, len(devices), platform,
+            # Fewer than they are, so that images wait: lanes stay full for longer.
+            width = tail_width(int(np.ceil(FULL_ENOUGH * num_images)), width, len(devices), platform,
                                _narrowest(devices, image_shape))
         # A power of two, so that attacks on 40 and on 60 images share one program.
         width = min(width, 1 << (share - 1).bit_length())
@@ -237,7 +237,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
             # The states of an accelerator's lanes are megabytes: not for a few of them.
             least = 1 if platform == "cpu" else max(1, width // 8)
             if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices), least):
-                state, parked = pack(state, parked, narrow, len(devices))
+                state, parked = pack(state, parked, narrow, len(devices), algorithm.progress)
                 state = jax.device_put(state, sharding)
                 if narrow < width:
                     width = narrow

@@ -134,6 +134,22 @@ def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
     assert len(done) == 2
 
 
+def test_the_tail_works_images_in_early_runs_first(monkeypatch):
+    """Whatever the order, results stay (above); a long image that waits would make the tail longer."""
+    params, apply_fn, x, y = toy()
+    seen = []
+
+    def noted(*arguments, pack=runner.pack):
+        lanes, parked = pack(*arguments)
+        seen.append((lanes.attack.search.run[lanes.sample_id >= 0], parked.attack.search.run))
+        return lanes, parked
+
+    monkeypatch.setattr(runner, "pack", noted)
+    ATTACK(params, apply_fn, jnp.tile(x, (16, 1, 1, 1)), jnp.tile(y, 16))
+    mixed = [both for both in seen if len(both[1]) and np.ptp(np.concatenate(both))]
+    assert mixed and all(inside.max() <= waiting.min() for inside, waiting in mixed)
+
+
 def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch):
     """With one that has no elements JAX 0.11 dies while it compiles for several devices."""
     params, apply_fn, x, y = toy()

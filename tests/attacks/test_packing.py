@@ -22,8 +22,8 @@ def test_widths_on_cpu(unfinished, width, num_devices, expected):
 
 
 @pytest.mark.parametrize("unfinished,width,num_devices,expected", [
-    (1024, 1024, 1, 1024), (513, 1024, 1, 1024), (512, 1024, 1, 256), (129, 256, 1, 256),
-    (128, 256, 1, 64), (1, 64, 1, 64), (1, 1024, 1, 64), (600, 1024, 4, 256), (1, 32, 1, 32)])
+    (1024, 1024, 1, 1024), (769, 1024, 1, 1024), (768, 1024, 1, 256), (193, 256, 1, 256),
+    (192, 256, 1, 64), (1, 64, 1, 64), (1, 1024, 1, 64), (800, 1024, 4, 256), (1, 32, 1, 32)])
 def test_widths_on_accelerators(unfinished, width, num_devices, expected):
     assert tail_width(unfinished, width, num_devices, "gpu", narrowest=64) == expected
 
@@ -70,3 +70,13 @@ def test_parked_images_keep_their_order():
     np.testing.assert_array_equal(lanes.sample_id, [3, 8])
     np.testing.assert_array_equal(parked.sample_id, [1, 9])
     assert jax.tree.map(len, parked.attack) == {"value": 2, "more": 2}
+
+
+def test_images_far_from_their_end_come_first():
+    lanes, parked = pack(lanes_of([5, 3, NO_SAMPLE, 8, 1, 9]), None, 1, 2,
+                         lambda states: states["value"] // 50)
+    np.testing.assert_array_equal(lanes.sample_id, [3, 1])
+    np.testing.assert_array_equal(parked.sample_id, [5, 8, 9])
+    lanes, parked = pack(lanes, parked, 1, 2, lambda states: -states["value"])
+    np.testing.assert_array_equal(lanes.sample_id, [9, 8])
+    np.testing.assert_array_equal(parked.sample_id, [5, 3, 1])

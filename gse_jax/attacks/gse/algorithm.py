@@ -173,7 +173,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         return Outcome(state.best, success, state.status, state.gradient_evals,
                        state.forward_evals, state.best_tradeoff)
 
-    return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish)
+    return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish,
+                     progress=lambda states: states.search.run)
 
 
 def _judged(state: GSEState, margin, settings):

@@ -161,7 +161,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             forward_evals=before.forward_evals + after.forward_evals,
             tradeoff=state.gse.best_tradeoff)
 
-    return Algorithm(init, query, loss, step, done, finish)
+    # Every image that is found spends its budget.
+    return Algorithm(init, query, loss, step, done, finish,
+                     progress=lambda states: states.gse.gradient_evals + states.refinement.evals)
 
 
 def _select(condition, new, old):
