@@ -34,7 +34,11 @@ class Done(Exception):
 
 
 class Trace:
-    """A progress function that traces one stretch of work."""
+    """A progress function that traces one stretch of work.
+
+    An accelerator tells of a stretch when the next one is done, so that the evaluations are those of
+    the stretch before; all are of equal length until the queue is empty.
+    """
 
     def __init__(self, folder):
         """Trace into `folder`."""

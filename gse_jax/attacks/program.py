@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from typing import Any
 
@@ -15,8 +16,10 @@ from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import multiplying
+from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn
 
+_LOGGER = logging.getLogger("gse_jax")
 AXIS = "devices"
 
 # What XLA makes one CUDA graph of, which the host launches as a whole: its default, and convolutions.
@@ -109,15 +112,17 @@ def hashable(apply_fn):
 
 def _takes_graphs(mesh) -> bool:
     """Tell whether convolutions may go into CUDA graphs: on such a device, unless the user has chosen."""
-    return ("NVIDIA" in mesh.devices.flat[0].device_kind
-            and _GRAPHS not in os.environ.get("XLA_FLAGS", ""))
+    device = mesh.devices.flat[0]
+    cuda = "NVIDIA" in device.device_kind or "cuda" in device.client.platform_version.lower()
+    return cuda and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
 
 
 class _InGraphs:
     """A program with its convolutions in CUDA graphs, which saves the launch of every kernel.
 
     XLA leaves them out by default because not every convolution can be captured: where the first
-    call fails, this one and all later ones run without.
+    call fails, this one and all later ones run without. (After an out-of-memory the next call tries
+    again.)
     """
 
     def __init__(self, in_graphs, plain):
@@ -132,8 +137,11 @@ class _InGraphs:
                     self._in_graphs(params, hyperparams, key, copy, queue, max_iterations))
                 self._chosen = self._in_graphs
                 return result
-            except jax.errors.JaxRuntimeError:
-                self._chosen = self._plain
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    self._chosen = self._plain
+                    _LOGGER.info("convolutions stay outside of CUDA graphs: %s", error)
+                return self._plain(params, hyperparams, key, lanes, queue, max_iterations)
         return self._chosen(params, hyperparams, key, lanes, queue, max_iterations)
 
 

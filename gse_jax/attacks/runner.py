@@ -33,6 +33,8 @@ class Progress(NamedTuple):
         gradient_evals: gradient evaluations spent on the finished images.
         lane_evals: gradient evaluations made so far, those of idle lanes included; more than
             `gradient_evals` by what unfinished images have spent and by what was idle.
+
+    An accelerator's are told one stretch of work late, while the next one is done.
     """
 
     done: int
@@ -81,8 +83,17 @@ def _narrowest(devices, image_shape):
     return max(1, default_lanes_per_device(_platform(devices), *image_shape[:2]) // 16)
 
 
-def _layout(num_images, lanes, image_shape):
-    """Choose (devices, lanes per device); `num_images` None where it is not known."""
+def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list, int]:
+    """Choose where to work.
+
+    Args:
+        num_images: how many images will come; None where it is not known.
+        lanes: as in `stream`.
+        image_shape: (H, W, C).
+
+    Returns:
+        (devices, lanes per device to begin with).
+    """
     devices = jax.local_devices()
     if lanes is not None:
         devices = devices[:lanes]
@@ -148,22 +159,22 @@ class _Dealer:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _first(arrays, num_devices: int, length: int):
+def _first(arrays, sharding, length: int):
     """Return the first `length` rows of every device's share."""
     def first(array):
-        shares = array.reshape(num_devices, -1, *array.shape[1:])[:, :length]
-        return shares.reshape(-1, *array.shape[1:])
+        shares = array.reshape(sharding.num_devices, -1, *array.shape[1:])[:, :length]
+        return jax.lax.with_sharding_constraint(shares.reshape(-1, *array.shape[1:]), sharding)
 
     return jax.tree.map(first, arrays)
 
 
-def _begin_copy(written, counts):
+def _begin_copy(written, counts, sharding):
     """Let what an accelerator has finished set out for host memory; without waiting for it."""
     length, places = 4, written[0].shape[0] // len(counts)
     while length < counts.max():  # few lengths, because each is a compilation
         length *= 4
     if length < places:  # all of them are megabytes
-        written = _first(written, len(counts), length)
+        written = _first(written, sharding, length)
     for array in jax.tree.leaves(written):
         array.copy_to_host_async()
     return written
@@ -195,7 +206,7 @@ def _stretch(written, counts, lane_evals) -> Stretch:
 
 def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
     """Do the work of `stream`; yields the arguments of `_stretch`."""
-    devices, width = _layout(num_images, lanes, image_shape)
+    devices, width = layout(num_images, lanes, image_shape)
     if width >= _LARGE_JOB:
         hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
@@ -222,7 +233,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
         counts, begin, made = jax.device_get((finished.count, queue.begin, made))
         unfinished -= int(counts.sum())
         written = finished.sample_id, finished.outcome
-        written = written if platform == "cpu" else _begin_copy(written, counts)
+        written = written if platform == "cpu" else _begin_copy(written, counts, sharding)
         yield written, counts, width * int(made.sum())
         waiting = dealer.waiting(begin)
         low = 2 * min(waiting) <= per_lane * width
@@ -242,7 +253,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
                 if narrow < width:
                     width = narrow
                     # As many places of the empty queue as this width wants.
-                    samples = _first(queue.samples, len(devices), per_lane * width)
+                    samples = _first(queue.samples, sharding, per_lane * width)
                     queue = queue._replace(samples=samples)
 
 
@@ -265,7 +276,8 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         num_images: how many images will come, if known; fewer lanes for few images.
 
     Yields:
-        Stretch, in the order in which images finish. Every image is in exactly one.
+        Stretch, in the order in which images finish. Every image is in exactly one. On an accelerator
+        each comes when the next one is done; whoever stops before the end loses the last.
     """
     behind = _platform(jax.local_devices()) != "cpu"
     last = None  # an accelerator's comes out when the next one is done: it is copied meanwhile
@@ -274,7 +286,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
             last, ready = (done, last) if behind else (None, done)
             if ready is not None:
                 yield _stretch(*ready)
-    except (Exception, KeyboardInterrupt):  # what is finished comes out before it
+    except (Exception, KeyboardInterrupt, SystemExit):  # what is finished comes out before it
         if last is not None:
             yield _stretch(*last)
         raise

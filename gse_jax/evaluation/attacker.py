@@ -13,7 +13,7 @@ import numpy as np
 
 from gse_jax.attacks import Sample, attack_stream
 from gse_jax.attacks.algorithm import Outcome
-from gse_jax.attacks.runner import default_lanes_per_device
+from gse_jax.attacks.runner import layout
 from gse_jax.devices import is_out_of_memory
 from gse_jax.evaluation.cases import Case, Group
 from gse_jax.evaluation.forward import Forward
@@ -138,9 +138,8 @@ class Attacker:
     def _lanes_in_use(self, count) -> int:
         if self.lanes is not None:
             return self.lanes
-        devices = jax.local_devices()
-        width = default_lanes_per_device(devices[0].platform, *self._model.image_shape[:2])
-        return max(1, min(width * len(devices), count))
+        devices, width = layout(count, None, self._model.image_shape)
+        return min(width * len(devices), count)
 
     def _take(self, number, row, outcome) -> Attacked:
         task, _ = self._in_flight.pop(number)

@@ -80,8 +80,8 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
         MismatchError: if the directory belongs to another run.
         PreflightError: if the checks found an error.
         StoreError: if the directory cannot be written to, or another process writes to it.
-        Preempted: after SIGTERM or Ctrl-C, everything finished being stored; a SystemExit with
-            code `EXIT_RESUMABLE`.
+        Preempted: after SIGTERM or Ctrl-C, everything finished being stored (on an accelerator but
+            for the last stretch of work); a SystemExit with code `EXIT_RESUMABLE`.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(ENGINES)}")

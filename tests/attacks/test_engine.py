@@ -90,22 +90,29 @@ def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
     assert seen >= widths and max(seen) == max(widths)
 
 
-@pytest.mark.parametrize("kinds", ["FUSION", "NO_SUCH_KIND"])
-def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, monkeypatch, kinds):
-    """A CPU takes the option and does nothing with it; an unknown kind fails as a capture would."""
+@pytest.mark.parametrize("fault", [None, "unknown kind", "capture", "out of memory"])
+def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, monkeypatch, fault):
+    """A CPU takes the option and does nothing with it; an unknown kind fails when it is compiled."""
     params, apply_fn, x, y = toy()
     monkeypatch.setattr(program, "_takes_graphs", lambda mesh: True)
-    monkeypatch.setattr(program, "_IN_GRAPHS", kinds)
+    monkeypatch.setattr(program, "_IN_GRAPHS", "NO_SUCH_KIND" if fault == "unknown kind" else "FUSION")
+    errors = {"capture": "INTERNAL: not captured", "out of memory": "RESOURCE_EXHAUSTED: no room"}
     made = []
 
     class Noted(program._InGraphs):
-        def __init__(self, *both):
-            super().__init__(*both)
+        def __init__(self, in_graphs, plain):
+            def failing(*arguments):
+                in_graphs(*arguments)  # which takes the donated lanes
+                raise jax.errors.JaxRuntimeError(errors[fault])
+
+            super().__init__(failing if fault in errors else in_graphs, plain)
             made.append(self)
 
     monkeypatch.setattr(program, "_InGraphs", Noted)
     same(ATTACK(params, lambda params, x: apply_fn(params, x), x, y), expected)
-    assert made and all((run._chosen is run._in_graphs) == (kinds == "FUSION") for run in made)
+    assert made
+    for run in made:
+        assert run._chosen is {None: run._in_graphs, "out of memory": None}.get(fault, run._plain)
 
 
 def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
@@ -171,6 +178,7 @@ def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch
         return apply_fn(params, images + 0.0 * patch[None, ..., None])
 
     monkeypatch.setattr(runner, "on_mesh", noted)
+    monkeypatch.setattr(program, "_takes_graphs", lambda mesh: False)
     ATTACK(params, with_constants, x, y)
     assert operands and all(operand.startswith("%arg") for operand in operands)
 

@@ -10,12 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gse_jax.attacks import runner
 from gse_jax.evaluation import (
     EXIT_RESUMABLE,
     Preempted,
@@ -69,9 +71,10 @@ class Faulty:
 
 
 def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole, tmp_path):
-    run = evaluate_small(tmp_path, data=Faulty())
+    run = evaluate_small(tmp_path, UNTARGETED, data=Faulty())
     assert run.complete
-    expected = table(whole)
+    expected = {key: row for key, row in table(whole).items() if key in table(run)}
+    assert len(expected) == 40
     for key, row in table(run).items():
         if row["index"] in Faulty.FAULTS:
             assert row["status"] == "quarantined" and not row["success"]
@@ -79,7 +82,7 @@ def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole,
             assert row["prediction"] is row["array"] is None if "array" in row else True
             del expected[key]
     same_tables({k: v for k, v in table(run).items() if v["status"] != "quarantined"}, expected)
-    assert "18 samples could not be used and are quarantined" in run.warnings
+    assert "6 samples could not be used and are quarantined" in run.warnings
 
 
 @pytest.mark.slow
@@ -150,6 +153,30 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     widths.clear()
     evaluate_small(tmp_path, dataclasses.replace(PLAN, lanes=4))
     assert widths == [2, 2]  # ... and for the next start.
+
+
+def test_out_of_memory_on_an_accelerator_loses_nothing(whole, tmp_path, monkeypatch):
+    """Its outcomes come one stretch late; those that were finished before the error come too."""
+    real, calls = runner.on_mesh, []
+
+    def crowded(*arguments, **options):
+        run = real(*arguments, **options)
+
+        def call(*values):
+            calls.append(1)
+            if len(calls) == 4:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return run(*values)
+
+        return call
+
+    monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
+    monkeypatch.setattr(runner, "_CALLS", 8)
+    monkeypatch.setattr(runner, "on_mesh", crowded)
+    run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=4))
+    assert run.complete and len(table(run)) == 40
+    same_tables(table(run), {key: row for key, row in table(whole).items() if key in table(run)})
+    assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [2]
 
 
 def hungry_logits(params, x):
@@ -269,7 +296,7 @@ def test_two_writers_at_once(whole, tmp_path, cache):
     try:
         lock = tmp_path / "run" / "locks" / "main.lock"
         while process.poll() is None and not (lock.is_file() and lock.read_text()):
-            pass
+            time.sleep(0.01)
         with pytest.raises(StoreError, match=f"process {process.pid} on .* is working in it"):
             evaluate_small(tmp_path / "run")
     finally:
