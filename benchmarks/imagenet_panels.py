@@ -128,7 +128,7 @@ def main():
     folder = Path(tempfile.mkdtemp() if args.smoke else args.folder)
     rows = []
     directions = (("untargeted", None), ("targeted", (y + OFFSET) % num_classes))
-    for word, targets in directions[:1 if args.untargeted else 2]:
+    for word, targets in directions[:1 if args.untargeted or args.smoke else 2]:
         run = evaluation.run_attack(params, apply_fn, x, y, targets=targets, ids=ids,
                                     method=args.method, settings=settings)
         evaluation.save_run(run, folder / word / "adversarials.npz")

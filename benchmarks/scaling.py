@@ -75,7 +75,7 @@ def measure_real(kind, count, devices):
     warm = (400 if kind == "real" else 32) if jax.default_backend() == "cpu" else 2048
     for _ in stretches(min(count, warm)):
         pass
-    bare = Bare(params, apply_fn, x[:64])
+    bare = Bare(params, apply_fn, x[:64], batches=(4,) if count in SMOKE_REAL_COUNTS else None)
     before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
     for stretch in stretches(count):
         watch()

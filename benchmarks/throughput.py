@@ -34,8 +34,8 @@ PAUSE_ON_CPU, PAUSE_ON_ACCELERATORS = 1.0, 10.0
 class Bare:
     """Times one value-and-gradient on all devices, in seconds per image."""
 
-    def __init__(self, params, apply_fn, x, precision="highest"):
-        """Compile, and choose the fastest batch size."""
+    def __init__(self, params, apply_fn, x, precision="highest", batches=None):
+        """Compile, and choose the fastest batch size of those for this platform, or of `batches`."""
         def gradient(params, x):
             with multiplying(precision):
                 value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
@@ -46,7 +46,7 @@ class Bare:
         self._params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P()))
         self._step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")),
                                            out_specs=P("d"), check_vma=False))
-        batches = CPU_BATCHES if jax.default_backend() == "cpu" else GPU_BATCHES
+        batches = batches or (CPU_BATCHES if jax.default_backend() == "cpu" else GPU_BATCHES)
         split = jax.sharding.NamedSharding(mesh, P("d"))
         choices = [jax.device_put(np.resize(x, (b * jax.device_count(), *x.shape[1:])), split)
                    for b in batches]
@@ -121,7 +121,8 @@ def main():
         gse_jax.use_all_cpu_cores()
     params, apply_fn, images, labels, bounds, name = results_file.network_and_images(400)
     settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3) if args.smoke else None
-    bare, rows = Bare(params, apply_fn, images[:64], args.precision), []
+    bare = Bare(params, apply_fn, images[:64], args.precision, (4,) if args.smoke else None)
+    rows = []
     args.num = args.num or (ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS)
     for count in args.num:
         # More than there are: the same again. np.resize repeats whole images.

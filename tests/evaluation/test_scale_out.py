@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_shards_that_share_samples_may_not_meet(tmp_path, cache):
     try:
         lock = tmp_path / "run" / "locks" / "shard-0-of-3.lock"
         while process.poll() is None and not (lock.is_file() and lock.read_text()):
-            pass
+            time.sleep(0.01)
         with pytest.raises(StoreError, match="'shard-0-of-3'|is working in it"):
             evaluate(PLAN, tmp_path / "run", model=model(), data=dataset(), shard=(0, 2))
     finally:
