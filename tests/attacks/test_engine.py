@@ -90,7 +90,8 @@ def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
     assert seen >= widths and max(seen) == max(widths)
 
 
-@pytest.mark.parametrize("fault", [None, "unknown kind", "capture", "out of memory"])
+@pytest.mark.parametrize("fault", [None, "capture", pytest.param("unknown kind", marks=pytest.mark.slow),
+                                   pytest.param("out of memory", marks=pytest.mark.slow)])
 def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, monkeypatch, fault):
     """A CPU takes the option and does nothing with it; an unknown kind fails when it is compiled."""
     params, apply_fn, x, y = toy()
