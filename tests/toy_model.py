@@ -44,3 +44,21 @@ def small_logits(params, x):
     """One hidden layer: a linear model's constant gradient would sit on the search's thresholds."""
     first, second = params
     return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ first) @ second
+
+
+def failing_at(on_mesh, number, error):
+    """`runner.on_mesh` whose programs fail at a call, counted over all of them, and only there."""
+    calls = []
+
+    def failing(*arguments, **options):
+        run = on_mesh(*arguments, **options)
+
+        def call(*values):
+            calls.append(1)
+            if len(calls) == number:
+                raise error
+            return run(*values)
+
+        return call
+
+    return failing

@@ -18,7 +18,7 @@ from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
-from tests.toy_model import golden, linear_logits, toy
+from tests.toy_model import failing_at, golden, linear_logits, toy
 
 # Short runs; images still end after different numbers of evaluations.
 SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)
@@ -119,21 +119,8 @@ def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, mo
 def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
     """An accelerator's outcomes are copied while it works on; they come out before its error does."""
     params, apply_fn, x, y = toy()
-    whole, calls = runner.on_mesh, []
-
-    def failing(*arguments, **options):
-        run = whole(*arguments, **options)
-
-        def call(*values):
-            calls.append(1)
-            if len(calls) == 3:
-                raise RuntimeError("lost the device")
-            return run(*values)
-
-        return call
-
     monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
-    monkeypatch.setattr(runner, "on_mesh", failing)
+    monkeypatch.setattr(runner, "on_mesh", failing_at(runner.on_mesh, 3, RuntimeError("lost the device")))
     monkeypatch.setattr(runner, "_CALLS", 4)
     done = []
     with pytest.raises(RuntimeError, match="lost the device"):

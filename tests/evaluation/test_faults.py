@@ -36,9 +36,10 @@ from tests.evaluation.small_run import (
     start,
     table,
 )
-from tests.toy_model import small_logits
+from tests.toy_model import failing_at, small_logits
 
 UNTARGETED = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
+NO_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
 
 def evaluate_small(run_dir, plan=PLAN, **options):
@@ -157,26 +158,21 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
 
 def test_out_of_memory_on_an_accelerator_loses_nothing(whole, tmp_path, monkeypatch):
     """Its outcomes come one stretch late; those that were finished before the error come too."""
-    real, calls = runner.on_mesh, []
-
-    def crowded(*arguments, **options):
-        run = real(*arguments, **options)
-
-        def call(*values):
-            calls.append(1)
-            if len(calls) == 4:
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-            return run(*values)
-
-        return call
-
     monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
     monkeypatch.setattr(runner, "_CALLS", 8)
-    monkeypatch.setattr(runner, "on_mesh", crowded)
+    monkeypatch.setattr(runner, "on_mesh", failing_at(runner.on_mesh, 4, NO_MEMORY))
     run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=4))
     assert run.complete and len(table(run)) == 40
     same_tables(table(run), {key: row for key, row in table(whole).items() if key in table(run)})
     assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [2]
+
+
+def test_after_an_out_of_memory_comes_half_of_what_failed(tmp_path, monkeypatch):
+    """Few images begin in fewer lanes than the default: 20 on four devices in four each."""
+    monkeypatch.setattr(runner, "on_mesh", failing_at(runner.on_mesh, 1, NO_MEMORY))
+    run = evaluate_small(tmp_path, dataclasses.replace(UNTARGETED, lanes=None), shard=(0, 2))
+    assert len(run.records) == 20
+    assert [e["lanes"] for e in run.events if e["event"] == "out_of_memory"] == [8]
 
 
 def hungry_logits(params, x):
