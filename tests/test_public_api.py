@@ -44,6 +44,7 @@ def test_import_is_light_and_starts_no_device():
     heavy = {"tensorflow", "tensorflow_datasets", "torch", "matplotlib", "sklearn", "skimage",
              "flax", "optax", "scipy.ndimage", "rich", "PIL", "ray", "jinja2"}
     assert not heavy & set(modules)
+    assert not any(name.startswith("gse_jax.attacks.baselines.") for name in modules)
     assert not started
 
 

@@ -12,7 +12,6 @@ from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Method, Sample
 from gse_jax.attacks.precision import check_precision, confirmed
 from gse_jax.attacks.program import Program, hashable, in_graph
-from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
     Progress,
@@ -145,6 +144,8 @@ def refine(
     References:
         gse_jax's own method; derived in `docs/refinement.md`. It is deterministic.
     """
+    from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings  # when needed
+
     if isinstance(adversarials, AttackResult):
         raise TypeError("adversarials must be images [N, H, W, C], got an AttackResult; pass "
                         "result.adversarials")

@@ -1,35 +1,42 @@
-"""Every attack by name: one line each."""
+"""Every attack by name: one line each, imported when first used."""
+
+import collections
+import importlib
 
 from gse_jax.attacks.algorithm import Method
-from gse_jax.attacks.baselines.group_mirror_descent import GSMD
-from gse_jax.attacks.baselines.homotopy import HOMOTOPY
-from gse_jax.attacks.baselines.nuclear_frank_wolfe import FWNUCL
-from gse_jax.attacks.baselines.perturbation_factorization import SAPF
-from gse_jax.attacks.baselines.projected_gradient_descent import PGD
-from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0
-from gse_jax.attacks.baselines.random_search import SPARSE_RS
-from gse_jax.attacks.baselines.sigma_zero import SIGMA_ZERO
-from gse_jax.attacks.baselines.sparse_frank_wolfe import SAIF
-from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SPARSE_PGD
-from gse_jax.attacks.baselines.structured_attack import STRATTACK
-from gse_jax.attacks.gse import GSE
-from gse_jax.attacks.refinement import GSE_REFINED
 
-METHODS: dict[str, Method] = {
-    "gse": GSE,
-    "gse_refined": GSE_REFINED,
-    "pgd": PGD,
-    "sigma_zero": SIGMA_ZERO,
-    "pgd0": PGD0,
-    "sparse_rs": SPARSE_RS,
-    "sparse_pgd": SPARSE_PGD,
-    "saif": SAIF,
-    "fwnucl": FWNUCL,
-    "strattack": STRATTACK,
-    "gsmd": GSMD,
-    "homotopy": HOMOTOPY,
-    "sapf": SAPF,
-}
+
+class _Methods(collections.UserDict):
+    """Name to Method; an entry may say where its Method is, "module:NAME", until it is asked for.
+
+    A dozen modules of settings and states take as long to import as the engine itself, and a caller
+    uses one or two of them.
+    """
+
+    def __getitem__(self, name: str) -> Method:
+        row = self.data[name]
+        if isinstance(row, str):
+            module, attribute = row.split(":")
+            row = getattr(importlib.import_module(f"gse_jax.attacks.{module}"), attribute)
+            self.data[name] = row
+        return row
+
+
+METHODS = _Methods({
+    "gse": "gse:GSE",
+    "gse_refined": "refinement:GSE_REFINED",
+    "pgd": "baselines.projected_gradient_descent:PGD",
+    "sigma_zero": "baselines.sigma_zero:SIGMA_ZERO",
+    "pgd0": "baselines.projected_gradient_descent_l0:PGD0",
+    "sparse_rs": "baselines.random_search:SPARSE_RS",
+    "sparse_pgd": "baselines.sparse_projected_gradient_descent:SPARSE_PGD",
+    "saif": "baselines.sparse_frank_wolfe:SAIF",
+    "fwnucl": "baselines.nuclear_frank_wolfe:FWNUCL",
+    "strattack": "baselines.structured_attack:STRATTACK",
+    "gsmd": "baselines.group_mirror_descent:GSMD",
+    "homotopy": "baselines.homotopy:HOMOTOPY",
+    "sapf": "baselines.perturbation_factorization:SAPF",
+})
 
 
 def find_method(name: str) -> Method:
