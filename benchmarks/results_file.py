@@ -59,10 +59,10 @@ def backend():
     return found.stdout.strip()
 
 
-def show(row):
+def show(row, file=None):
     """Print one row of the table."""
     print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                     for k, v in row.items()), flush=True)
+                     for k, v in row.items()), flush=True, file=file)
 
 
 def network_and_images(count, network="authors"):

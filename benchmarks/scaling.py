@@ -9,7 +9,8 @@ ResNet-20 and real CIFAR-10 images, the same 400 again and again: 400, 20,000 an
 shorter attack than the default (`real`), and the same in the default one (`full`; 90 minutes on two
 cores). The bare model is
 timed between stretches of work, as in `throughput.py`, so that the machine's own drift can be told
-from the attack's. Each row is a process of its own, without compilation.
+from the attack's. Each row is a process of its own, without compilation; a long one says every
+tenth of its images what it has measured so far.
 """
 
 import json
@@ -76,17 +77,27 @@ def measure_real(kind, count, devices):
     for _ in stretches(min(count, warm)):
         pass
     bare = Bare(params, apply_fn, x[:64], batches=(4,) if count in SMOKE_REAL_COUNTS else None)
-    before, watch, evals, found = peak_mib(), Stopwatch(bare), 0, 0
+    before, evals, found = peak_mib(), 0, 0
+
+    def row():
+        return {"network": name, "images": found, "devices": devices,
+                "us_per_image": watch.wall / found * 1e6,
+                "bare_gradients_per_image": watch.model_times / found,
+                "evals_per_image": evals / found, "more_mib": peak_mib() - before}
+
+    # The default attack of 20,000 images takes an hour and more: timing the bare model every second
+    # would take another quarter of that.
+    watch = Stopwatch(bare, pause=10 if kind == "full" else None)
     for stretch in stretches(count):
         watch()
         evals += int(stretch.outcome.gradient_evals.sum())
+        tenths = found * 10 // count
         found += len(stretch.sample_ids)
+        if count > 10_000 and found * 10 // count > tenths:
+            results_file.show({"so far": time.strftime("%H:%M:%S")} | row(), file=sys.stderr)
     watch.stop()
     assert found == count
-    print(json.dumps({"network": name, "images": count, "devices": devices,
-                      "us_per_image": watch.wall / count * 1e6,
-                      "bare_gradients_per_image": watch.model_times / count,
-                      "evals_per_image": evals / count, "more_mib": peak_mib() - before}))
+    print(json.dumps(row()))
 
 
 def measure(count, devices):

@@ -69,10 +69,10 @@ class Bare:
 class Stopwatch:
     """Times the stretches between two calls of the attack's progress function, and what follows."""
 
-    def __init__(self, bare):
-        """Start."""
+    def __init__(self, bare, pause=None):
+        """Start; the bare model is timed every `pause` seconds."""
         self.bare, self.wall, self.model_times = bare, 0.0, 0.0
-        self.pause = PAUSE_ON_CPU if jax.default_backend() == "cpu" else PAUSE_ON_ACCELERATORS
+        self.pause = pause or (PAUSE_ON_CPU if jax.default_backend() == "cpu" else PAUSE_ON_ACCELERATORS)
         self.before = bare()
         self.start = time.perf_counter()
 
