@@ -6,6 +6,14 @@ from pathlib import Path
 import jax
 import pytest
 
+# Most of the time goes into compiling small programs once: less optimisation halves it, and changes
+# no more than rounding. Benchmarks and notebooks compile as users do. XLA refuses unknown flags, and
+# newer versions have no other emitters.
+_LESS = "--xla_backend_optimization_level=1"
+if jax.__version_info__ < (0, 11):
+    _LESS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_LESS} {os.environ.get('XLA_FLAGS', '')}"  # the user's own come last, and win
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

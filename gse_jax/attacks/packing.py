@@ -8,13 +8,12 @@ accelerator, whose narrow calls hardly cost less than wider ones, a fourth and a
 Images that have most of their work ahead go first, as far as the attack can tell: a long one that
 waits makes the tail longer.
 
-Simulated with the runs of 99 real images, this keeps the model at 84 % of its best throughput for 16
-images on two CPU devices, 91 % for 64 and 94 % for 400. With an H100's times (1.60, 4.15 and 14.95 ms
-for 64, 256 and 1,024 lanes of a ResNet-20) at 64 % for 1,024 images, 71 % for 1,500 and 87 % for 10,000;
-without the order, and narrower only where half of the lanes idle, at 59, 62 and 85 % (measured so on an
-H200: 61 % for 1,024 and 83 % for 10,000). With as many images as lanes the slowest one decides, 808 calls
-one after the other: were it known from the beginning, 70 %; a call of hardly any lanes takes 0.9 ms, so
-that no order comes above 75 %.
+`benchmarks/tail.py` replays the runs of 99 real images through the engine, at what the calls cost. With
+an H100's times (1.60, 4.15 and 14.95 ms for 64, 256 and 1,024 lanes of a ResNet-20) the model works at
+64 % of its best throughput for 1,024 images, 71 % for 1,500 and 87 % for 10,000; without the order at 60,
+64 and 86 % (measured on an H200 without it, and narrower only where half of the lanes idle: 61 % for
+1,024 and 83 % for 10,000). Were it known how long each image takes, and the longest begun first, it would
+be at 78, 77 and 91 %.
 """
 
 import jax
