@@ -78,7 +78,7 @@ def test_the_half_quasinorm_equals_its_published_formula(dtype, rounding):
 def test_threshold_separates_zero_from_nonzero():
     for tradeoff in (1e-4, 0.2, 5.0):
         edge = ops.half_quasinorm_threshold(jnp.asarray(tradeoff))
-        assert ops.half_quasinorm_prox(edge, tradeoff) == 0.0
+        assert ops.half_quasinorm_prox(edge * (1 - 1e-9), tradeoff) == 0.0
         just_above = ops.half_quasinorm_prox(edge * (1 + 1e-9), tradeoff)
         # The 1/2-quasinorm prox jumps at its threshold, to two thirds of it.
         np.testing.assert_allclose(just_above, 2.0 / 3.0 * edge, rtol=1e-6)
