@@ -1,7 +1,7 @@
 """How busy the engine's rules keep the lanes, by replaying recorded runs of GSE.
 
     python benchmarks/tail.py [--platform cpu] [--num 16 17 64 400]
-    python benchmarks/tail.py --platform gpu [--num 1024 1500 10000]
+    python benchmarks/tail.py --platform gpu [--num 1024 1500 10000] [--order none runs known]
 
 First GSE attacks real images and notes after how many model calls each run of each image's search
 ended. Then the engine itself (queues, widths, parking, order) works through `num` images that need
@@ -15,6 +15,7 @@ efficiency = gradients the attack used x bare time / time of all calls
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import NamedTuple
 
@@ -137,13 +138,26 @@ def replay(ends, settings, platform, order):
     return made, len(packed)
 
 
+def costs(args, network, devices):
+    """Return {lanes per device: ms per call}, ms of the bare model per image, and the host's ms."""
+    if args.platform == "gpu":
+        return {int(k): v for k, v in (args.ms or H100_MS).items()}, args.bare_us / 1e3, args.host_ms
+    from throughput import Bare
+
+    timers = {width: Bare(*network[:3], batches=(width,)) for width in (1, 2, 4, 8)}
+    rounds = [{w: timer() * w * devices * 1e3 for w, timer in timers.items()} for _ in range(5)]
+    ms = {width: float(np.median([r[width] for r in rounds])) for width in timers}
+    return ms, min(ms[width] / (width * devices) for width in timers), (0.0, 0.0)
+
+
 def main():
     """Record, replay and print."""
     arguments = results_file.parser(__doc__.splitlines()[0])
     arguments.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     arguments.add_argument("--num", type=int, nargs="+")
     arguments.add_argument("--images", type=int, default=110, help="recorded, if the model is right about them")
-    arguments.add_argument("--order", choices=ORDERS, default="runs", help="who goes first in the tail")
+    arguments.add_argument("--order", choices=ORDERS, nargs="+", default=["runs"],
+                           help="who goes first in the tail")
     arguments.add_argument("--ms", type=json.loads, help='JSON, e.g. {"64": 1.6}: lanes to ms per call')
     arguments.add_argument("--host-ms", type=float, nargs=2, default=H100_HOST_MS,
                            help="gpu: after a stretch of calls, and to pack")
@@ -160,29 +174,20 @@ def main():
     network = results_file.network_and_images(args.images)
     ends, gradients = record(settings, network)
     devices = jax.local_device_count() if args.platform == "cpu" else 1
-    if args.platform == "cpu":
-        from throughput import Bare
-
-        widths = (1, 2, 4, 8)
-        timer = {w: Bare(*network[:3], batches=(w,)) for w in widths}
-        rounds = [{w: timer[w]() * w * devices * 1e3 for w in widths} for _ in range(5)]
-        ms = {w: float(np.median([r[w] for r in rounds])) for w in widths}
-        bare, host = min(ms[w] / (w * devices) for w in widths), (0.0, 0.0)
-    else:
-        ms = {int(k): v for k, v in (args.ms or H100_MS).items()}
-        bare, host = args.bare_us / 1e3, args.host_ms
+    ms, bare, host = costs(args, network, devices)
     lanes = sorted(ms)
     shuffled = np.random.default_rng(0).permutation(len(ends))
     rows = []
-    for count in args.num or (ON_CPU if args.platform == "cpu" else ON_GPU):
+    counts = args.num or (ON_CPU if args.platform == "cpu" else ON_GPU)
+    for order, count in itertools.product(args.order, counts):
         chosen = np.resize(shuffled, count)
-        if args.order == "known":
+        if order == "known":
             chosen = chosen[np.argsort(-ends[chosen, -1], kind="stable")]
-        made, packed = replay(ends[chosen], settings, args.platform, args.order)
+        made, packed = replay(ends[chosen], settings, args.platform, order)
         total = sum(calls * np.interp(width, lanes, [ms[w] for w in lanes]) + host[0] for width, calls in made)
-        rows.append({"platform": args.platform, "order": args.order, "devices": devices, "recorded": len(ends), "images": count,
+        rows.append({"platform": args.platform, "order": order, "devices": devices, "recorded": len(ends),
+                     "images": count, "longest": int(ends[chosen, -1].max()),
                      "calls": {w: sum(c for v, c in made if v == w) for w in sorted({w for w, _ in made})},
-                     "longest": int(ends[chosen, -1].max()),
                      "efficiency": float(gradients[chosen].sum() * bare / (total + packed * host[1]))})
         results_file.show(rows[-1])
     results_file.write("tail" if args.platform == "cpu" else "tail_accelerator", args, rows)
