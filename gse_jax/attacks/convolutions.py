@@ -5,10 +5,10 @@ dilation) only in the entry computation of a program, not in the body of a loop.
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
 was measured up to 50 times slower there, 25 times for 3 x 3 (`benchmarks/loop_cost.py`).
 `canonical_convolutions` writes that form down explicitly: the function is traced, and every
-two-dimensional convolution is evaluated as transpose, canonical
-convolution, transpose, without the pixels that a stride skips under a kernel of one pixel and without
-the zeros of an input dilation. Values change by rounding only. The smallest kernels (three features to
-three, 3 x 3) are left as they are: for them XLA's slow form is the faster one.
+two-dimensional convolution is evaluated as transpose, canonical convolution, transpose, without
+the pixels that a stride skips under a kernel of one pixel and without the zeros of an input
+dilation. Values change by rounding only. The smallest kernels (three features to three, 3 x 3) are
+left as they are: for them XLA's slow form is the faster one.
 
 The rewritten convolution is a primitive of its own, so that it stays canonical when the result is
 differentiated or mapped: its transposes and its batched form are those of JAX's convolution,

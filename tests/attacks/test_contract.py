@@ -11,7 +11,7 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks import METHODS
-from gse_jax.attacks.algorithm import Evaluation, Sample
+from gse_jax.attacks.algorithm import Evaluation, Method, Sample
 from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings
 from gse_jax.attacks.baselines.homotopy import HomotopySettings
 from gse_jax.attacks.baselines.nuclear_frank_wolfe import FWnuclSettings
@@ -118,6 +118,8 @@ ENGINE_ROWS = rows_of(QUICK[:1])
 
 def test_table_covers_the_registry():
     assert {row.split()[0] for row in TABLE} == METHODS.keys()
+    # However it is read, a row is a Method, not yet where one would be imported from.
+    assert all(isinstance(row, Method) for row in [*METHODS.copy().values(), *dict(METHODS).values()])
 
 
 @pytest.mark.parametrize("row", TABLE)
