@@ -46,8 +46,9 @@ def measure(count, lanes, side):
     jnp.zeros(1).block_until_ready()
     before = peak()
     x = rng.random((count, side, side, 3), np.float32)
-    y = np.concatenate([np.asarray(apply_fn(params, x[i:i + 100]).argmax(-1))
-                        for i in range(0, count, 100)])
+    labels = jax.jit(lambda x: apply_fn(params, x).argmax(-1))
+    # No more at a time than the attack itself has in its lanes.
+    y = np.concatenate([np.asarray(labels(x[i:i + lanes])) for i in range(0, count, lanes)])
     settings = gse_jax.GSESettings(num_runs=2, max_steps=6, phase1_steps=3)
     jax.block_until_ready(gse_jax.attack(params, apply_fn, x, y, lanes=lanes, settings=settings))
     print(json.dumps({"images": count, "lanes": lanes, "side": side, "peak_mib": peak() - before,

@@ -40,7 +40,8 @@ def efficiency():
     return [*_throughput(("untargeted", "targeted")), "", "Efficiency: gradient evaluations the attack "
             "used times the bare jitted value-and-gradient of all cores at its best batch size, over "
             "wall time, after compilation. 'Idle' includes the last forward pass of each run, whose "
-            "gradient is not used."]
+            "gradient is not used. The bare model is timed all along: where its time differs, the machine "
+            "was faster or slower."]
 
 
 def efficiency_gpu():
@@ -49,20 +50,25 @@ def efficiency_gpu():
 
 
 def _throughput(names):
-    lines = ["| images | attack | ASR | images per second | gradients per image | efficiency | of which "
-             "lanes idle in the tail |", "|---|---|---|---|---|---|---|"]
-    commands = []
+    lines = ["| images | attack | ASR | images per second | gradients per image | bare model, microseconds per "
+             "gradient | efficiency | of which lanes idle |", "|---|---|---|---|---|---|---|---|"]
+    sources = []
     for name in names:
         record = json.loads((RESULTS / f"throughput_{name}.json").read_text())
-        commands.append(f"`{record['command']}`")
+        sources += ["", source(record, f"`{record['command']}`, the correctly classified of 400 CIFAR-10 test "
+                                       "images, repeated, authors' ResNet-20")]
         for row in record["rows"]:
             precision = row.get("precision", "highest")
             word = row["attack"] + (f", `precision=\"{precision}\"`" if precision != "highest" else "")
             lines.append(f"| {row['images']:,} | {word} | {row['ASR']:.3f} | "
                          f"{row['images_per_second']:.{2 if row['images_per_second'] < 100 else 0}f} | "
-                         f"{row['evals_per_image']:.0f} | {row['efficiency']:.2f} | "
+                         f"{row['evals_per_image']:.0f} | {_microseconds(row)} | {row['efficiency']:.2f} | "
                          f"{1 - row['efficiency'] / row['lanes_full']:.0%} |")
-    return [*lines, "", source(record, f"{', '.join(commands)}, CIFAR-10, authors' ResNet-20")]
+    return [*lines, *sources]
+
+
+def _microseconds(row):
+    return f"{row['bare_us']:.{1 if row['bare_us'] < 100 else 0}f}"
 
 
 def profile():
@@ -208,7 +214,7 @@ def scaling(part, more):
         "microseconds per image": lambda r: f"{r['us_per_image']:.0f}", **more,
         "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
         "memory added, MiB": lambda r: f"{r['more_mib']:.0f}"},
-        "`benchmarks/scaling.py`")
+        f"`benchmarks/scaling.py --parts {part}`")
 
 
 def versus():
@@ -220,7 +226,7 @@ def versus():
         "seconds per image": both("seconds_per_image", "{:.3f}".format),
         "ratio": lambda r: one(r["ratio"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
         "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)},
-        "`benchmarks/versus.py`, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
+        "{command}, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
 
 
 def lanes():
@@ -228,6 +234,7 @@ def lanes():
     return _table("throughput_untargeted_lanes", {
         "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
+        "bare model, microseconds per gradient": _microseconds,
         "efficiency": lambda r: f"{r['efficiency']:.2f}"},
         "{command}, CIFAR-10, authors' ResNet-20")
 
@@ -268,9 +275,10 @@ def compile_time():
     """Seconds before the first result."""
     return _table("compile_time", {
         f"{name}, s": lambda r, name=name: f"{r[name]:.2f}"
-        for name in ("import", "first call", "second call", "cached")},
+        for name in ("import", "first call", "second call", "cached", "all widths")},
         "`benchmarks/compile_time.py`, ResNet-20, 16 images of 32 x 32 on two CPU devices; `cached` is "
-        "the first call of another process with `gse_jax.use_compilation_cache`")
+        "the first call of another process with `gse_jax.use_compilation_cache`; `all widths` is what the "
+        "first call of a whole default attack on 24 images takes more than the second")
 
 
 def source(record, script):

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import results_file
 from gse_jax.attacks.precision import PRECISIONS, multiplying
 
-CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32), (256, 512, 1024, 2048, 4096)  # per device
+CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192)  # per device
 # More images than there are, on an accelerator: the same again.
 ON_CPU, ON_ACCELERATORS = [64, 400], [1024, 10_000]
 WARM = 2048

@@ -144,8 +144,8 @@ def check_labels(name, labels, num_images):
         ValueError: for a wrong shape.
     """
     if labels.ndim == 2:
-        raise ValueError(f"{name} must be class indices [N], got shape {list(labels.shape)}; "
-                         f"for one-hot labels use {name}.argmax(-1)")
+        fix = f"use {name}[:, 0]" if labels.shape[1] == 1 else f"for one-hot labels use {name}.argmax(-1)"
+        raise ValueError(f"{name} must be class indices [N], got shape {list(labels.shape)}; {fix}")
     if labels.shape != (num_images,):
         raise ValueError(f"{name} must have one entry per image, got shape {list(labels.shape)} "
                          f"for {num_images} images")

@@ -1,7 +1,6 @@
 """`gse-jax demo` and `gse-jax attack`."""
 
 import argparse
-from pathlib import Path
 
 from gse_jax.cli import options, output
 
@@ -55,6 +54,7 @@ def _attack(args):
     preset(args.method, default_domain(images.images.shape[1:]), args.targets is not None)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
+    folder = output.folder(args.out)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
     hyperparams = options.hyperparams(args.hyperparams, args.method, images.images.shape[1:],
                                       targets is not None)
@@ -66,7 +66,6 @@ def _attack(args):
         run = run_attack(params, apply_fn, images.images, images.labels, targets=targets,
                          ids=images.ids, method=args.method, hyperparams=hyperparams, key=args.seed,
                          lanes=args.lanes, about=about, progress=show)
-    folder = Path(args.out)
     path = save_run(run, folder / "adversarials.npz")
     output.write_json(folder / "summary.json", {
         **run.about, "clean_accuracy": run.clean_accuracy, **run.summary().to_dict()})

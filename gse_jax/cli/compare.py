@@ -1,9 +1,8 @@
 """`gse-jax compare` and `gse-jax pareto`: many attacks on the same images, as table and as front."""
 
 import contextlib
-from pathlib import Path
 
-from gse_jax.cli import options
+from gse_jax.cli import options, output
 
 
 def add_commands(commands) -> None:
@@ -51,8 +50,11 @@ def _compare(args):
     images = data.load(args.data, limit=args.limit)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
+    folder = output.folder(args.out)
     offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
-    folder, rows = Path(args.out), []
+    about = {"data": args.data, "model": args.model, "weights": str(args.weights),
+             "normalize": args.normalize, "class_names": list(images.class_names)}
+    rows = []
     with contextlib.ExitStack() as stack:
         def progress(method):
             stack.close()  # the display of the attack before
@@ -61,13 +63,17 @@ def _compare(args):
 
         for one in compare(params, apply_fn, images.images, images.labels, methods=methods,
                            offsets=offsets, domain=args.preset, key=args.seed, lanes=args.lanes,
-                           num_classes=apply_fn.config.num_classes, progress=progress):
+                           num_classes=apply_fn.config.num_classes, ids=images.ids, about=about,
+                           progress=progress):
             rows += one.rows
+            run = one.runs[0]
+            correct = output.clean_accuracy(int((run.predictions_before == run.y).sum()), len(run.y))
             for offset, run in zip(offsets or ("untargeted",), one.runs):
                 save_run(run, folder / one.method / str(offset) / "adversarials.npz")
             # After each attack: a later failure must not take the table with it.
             written = report.write_table(rows, folder / "table", left=2 if offsets else 1)
     print(written[1].read_text(encoding="utf-8"))
+    print(correct)
     print("seconds per image include compilation")
     print("written: " + ", ".join(map(str, written)))
 
@@ -83,6 +89,7 @@ def _pareto(args):
     images = data.load(args.data, limit=args.limit)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
+    folder = output.folder(args.out)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
     with contextlib.ExitStack() as stack:
         def progress(method):
@@ -94,7 +101,6 @@ def _pareto(args):
             params, apply_fn, images.images, images.labels, targets=targets, max_l2=caps,
             methods=None if args.methods == "all" else args.methods.split(","), key=args.seed,
             lanes=args.lanes, progress=progress)
-    folder = Path(args.out)
     written = report.write_table(front.rows(), folder / "front", left=1)
     names = np.asarray(front.methods)
     choose = lambda values: {name: values[names == name] for name in dict.fromkeys(front.methods)}
@@ -103,4 +109,5 @@ def _pareto(args):
     with replacing(folder / "front.npz") as file:
         np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})
     print(written[1].read_text(encoding="utf-8"))
+    print(output.clean_accuracy(int(front.attacked.sum()), len(front.attacked)))
     print("written: " + ", ".join(map(str, (*written, folder / "front.npz"))))

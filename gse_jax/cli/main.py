@@ -14,10 +14,13 @@ def main(argv=None) -> int:
         argv: arguments; None for those of the process.
 
     Returns:
-        Exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
+        Exit code: 0 done, 2 wrong input (one line on stderr), 75 stopped by a signal with everything
+        finished stored, 130 interrupted.
     """
     args = _parser().parse_args(argv)
-    from gse_jax.devices import use_all_cpu_cores, use_compilation_cache
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that cannot write every sign
+        sys.stdout.reconfigure(errors="replace")
+    from gse_jax.devices import is_out_of_memory, use_all_cpu_cores, use_compilation_cache
     from gse_jax.types import StoreError
 
     with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
@@ -29,6 +32,15 @@ def main(argv=None) -> int:
     except (ValueError, TypeError, OSError, ImportError, StoreError) as error:
         print(f"gse-jax: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"gse-jax: {str(error).splitlines()[0]}; use fewer --lanes, or `gse-jax evaluate`, which finds "
+              "out by itself how many fit", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # `evaluation.Preempted`
+        print(f"gse-jax: {stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("gse-jax: interrupted", file=sys.stderr)
         return 130

@@ -1,8 +1,32 @@
 """What commands show: the table of a run, and its picture."""
 
 import json
+import tempfile
+from pathlib import Path
 
 NUM_PANELS = 6
+
+
+def folder(path):
+    """Make the folder of the results and see that it can be written to, before anything is computed.
+
+    Raises OSError.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as probe:
+        probe.write(bytes(4096))
+    return path
+
+
+def clean_accuracy(correct, total):
+    """Return how many images the model is right about, as text: only those are attacked."""
+    return f"clean accuracy {share(correct, total)}; only correctly classified images are attacked"
+
+
+def share(hits, total):
+    """Return a share with its counts."""
+    return f"{hits / total:.1%} ({hits} of {total})" if total else "- (of 0)"
 
 
 def table(run):
@@ -11,9 +35,6 @@ def table(run):
 
     def mean(statistic, digits):
         return "-" if statistic.mean is None else f"{statistic.mean:.{digits}f}"
-
-    def share(hits, total):
-        return f"{hits / total:.1%} ({hits} of {total})" if total else "- (of 0)"
 
     total, seconds = numbers.num_images, run.about["seconds"]
     return [
@@ -45,7 +66,7 @@ def print_table(rows, title="result"):
 def write_json(path, values):
     """Write values as a JSON file; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def draw_panel(run, stem, count, heat_maps=None):

@@ -140,7 +140,8 @@ def _checked_labels(labels: np.ndarray, source: str) -> np.ndarray:
     if labels.ndim == 2:
         raise ValueError(
             f"{source}: labels have shape {labels.shape}, expected [N]; "
-            "if they are one-hot, store labels.argmax(-1)"
+            + ("store labels[:, 0]" if labels.shape[1] == 1 else
+               "if they are one-hot, store labels.argmax(-1)")
         )
     if labels.ndim != 1:
         raise ValueError(f"{source}: labels have shape {labels.shape}, expected [N]")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import gse_jax
 from gse_jax.attacks import Progress, attack, validation
 from gse_jax.data.atomic import replacing
 from gse_jax.evaluation.forward import Forward
@@ -37,7 +38,8 @@ class AttackRun(NamedTuple):
         confidences_before: [N] probability of the predicted class.
         confidences_after: [N].
         ids: [N] str, sample ids.
-        about: what ran: method, preset, bounds, seconds, class names, and what the caller adds.
+        about: what ran: method, preset, bounds, seed, versions, seconds, class names, and what the caller
+            adds.
     """
 
     x: np.ndarray
@@ -160,11 +162,15 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
 
     devices = jax.local_devices()
     values = {} if hyperparams is None else hyperparams._asdict()
-    facts = {"hyperparams": {name: float(value) for name, value in values.items()},
+    # JSON knows no infinity: a cap that is none.
+    facts = {"hyperparams": {name: float(value) if np.isfinite(value) else str(float(value))
+                             for name, value in values.items()},
              "settings": repr(settings) if settings is not None else "preset",
              "method": result.method, "preset": result.preset, "bounds": list(bounds),
              "seconds": seconds, "platform": devices[0].platform, "devices": len(devices),
-             "jax": jax.__version__}
+             "jax": jax.__version__, "gse_jax": gse_jax.__version__}
+    if key is None or isinstance(key, (int, np.integer)):
+        facts["seed"] = int(key or 0)
     return AttackRun(
         x=x, y=y.astype(np.int32),
         targets=np.full(len(x), -1, np.int32) if targets is None else targets.astype(np.int32),

@@ -131,6 +131,9 @@ def _group(attack: AttackPlan, image_shape, num_classes, ids) -> Group:
             if offset % num_classes == 0:
                 raise ValueError(f"plan: offset {offset} makes the target the label itself for "
                                  f"{num_classes} classes")
+        if len({k % num_classes for k in attack.offsets}) < len(attack.offsets):
+            raise ValueError(f"plan: offsets {list(attack.offsets)} aim twice at the same of {num_classes} "
+                             "classes")
         cases = tuple(Case(f"{name}/targeted+{k}", k, None) for k in attack.offsets)
     else:
         cases = (Case(f"{name}/untargeted", 0, None),)

@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence[int] = (),
             domain: str | None = None, bounds=(0.0, 1.0), key=None, lanes: int | None = None,
-            num_classes: int | None = None, budgets: Sequence[int] = BUDGETS,
+            num_classes: int | None = None, budgets: Sequence[int] = BUDGETS, ids=None, about=None,
             progress: Callable[[str], Any] | None = None) -> Iterator[Comparison]:
     """Run several attacks on the same images, one after the other.
 
@@ -57,6 +57,8 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
         lanes: as in `gse_jax.attack`.
         num_classes: K; needed with `offsets`.
         budgets: pixels k at which ASR@k is given.
+        ids: as in `run_attack`.
+        about: as in `run_attack`.
         progress: name of the attack that begins -> the `progress` function of `gse_jax.attack`.
 
     Yields:
@@ -80,7 +82,7 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
         settings, hyperparams = configurations[method]
         show = progress(method) if progress else None
         options = dict(method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
-                       key=key, lanes=lanes, progress=show)
+                       key=key, lanes=lanes, ids=ids, about=about, progress=show)
         if offsets:
             runs = tuple(run_attack(params, apply_fn, x, y, **options, targets=(
                 (y + offset) % num_classes).astype(np.int32)) for offset in offsets)
@@ -129,7 +131,7 @@ def _row(method, run, budgets):
     found, attacked = run.status == Status.FOUND, run.status != Status.ALREADY_MISCLASSIFIED
     rates = np.asarray(metrics.success_at_k(measured.changed_pixels, found, np.asarray(budgets),
                                             attacked=attacked))
-    return {"attack": method, "ASR": numbers.asr_attacked, "ACP": numbers.changed_pixels.mean,
+    return {"attack": method, "attacked": numbers.num_attacked, "ASR": numbers.asr_attacked, "ACP": numbers.changed_pixels.mean,
             "ANC": numbers.num_clusters.mean, "l2": numbers.l2.mean,
             "d_2,0": numbers.patch_count.mean, "gradients": numbers.gradient_evals.mean,
             "forwards": numbers.forward_evals.mean,
@@ -149,7 +151,7 @@ def _targeted_rows(method, runs):
     spent = {name: sum(int(getattr(run, field).sum()) for run in runs) / pairs
              for name, field in (("gradients", "gradient_evals"), ("forwards", "forward_evals"))}
     seconds = sum(run.about["seconds"] for run in runs) / pairs
-    return tuple({"attack": method, "over targets": kind,
+    return tuple({"attack": method, "over targets": kind, "attacked": int(attacked[0].sum()),
                   "ASR": getattr(cases["ACP"], kind).success_rate,
                   **{name: getattr(case, kind).metric.mean for name, case in cases.items()},
                   **spent, "s/image": seconds} for kind in ("best", "average", "worst"))

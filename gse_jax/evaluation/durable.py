@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 from gse_jax.types import StoreError
 
 
+# FAT, exFAT and some mounted stores; the system tells it in many ways.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _MEANINGS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -74,9 +76,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], *, exclusive: bool 
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if exclusive:
-                os.link(temporary, path)  # Fails if the name exists; a rename would replace it.
-            else:
+            if not exclusive or not _linked(temporary, path):
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -85,6 +85,19 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any], *, exclusive: bool 
         return False
     except OSError as error:
         raise explain(path, error) from error
+    return True
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give the file its name unless it is taken; False where the file system knows no second names."""
+    try:
+        os.link(temporary, path)  # Fails if the name exists; a rename would replace it.
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():  # Here two writers that look in the same moment both write.
+            raise FileExistsError(path) from None
+        return False
     return True
 
 
@@ -118,11 +131,14 @@ class Journal:
         self._path = path
         self._torn = False  # An append failed half-way.
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            binary = getattr(os, "O_BINARY", 0)  # on Windows
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, 0o644)
             sync_folder(path.parent)
             size = os.fstat(self._file).st_size
             # A line that a kill has torn stays, and is ended so that the next one stands alone.
-            self._torn = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
+            if size:
+                os.lseek(self._file, size - 1, os.SEEK_SET)  # appends go to the end nevertheless
+                self._torn = os.read(self._file, 1) != b"\n"
         except OSError as error:
             raise explain(path, error) from error
 

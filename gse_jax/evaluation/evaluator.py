@@ -29,6 +29,7 @@ from gse_jax.evaluation.store import (
     prepare,
     read_manifest,
     valid_records,
+    widen_manifest,
     write_manifest,
     writer_name,
 )
@@ -163,7 +164,7 @@ def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool) -> list[s
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors and not force:
             raise PreflightError(" ".join(f"{e.message} {e.fix}".strip() for e in errors)
-                                 + " (force=True goes on nevertheless)")
+                                 + " (force=True, or --force, goes on nevertheless)")
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # Of several processes or shards that start together one writes; the others compare.
         if jax.process_index() == 0:
@@ -174,6 +175,8 @@ def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool) -> list[s
         raise MismatchError(f"run directory: {run_dir} belongs to another run ("
                             f"{'; '.join(found)}); choose another directory, or "
                             "allow_mismatch=True (--allow-mismatch), which is recorded")
+    if found:
+        widen_manifest(run_dir, manifest_of(job, (), "")["cases"], job.num_samples)
     return found
 
 

@@ -54,7 +54,7 @@ class Front(NamedTuple):
     def rows(self) -> list[dict[str, Any]]:
         """Return the points as table rows, plain dictionaries."""
         return [{"attack": name if np.isinf(cap) else f"{name}, l2 <= {cap:g}",
-                 "ASR": float(rate), **{number: None if np.isnan(mean) else float(mean)
+                 "attacked": int(self.attacked.sum()), "ASR": float(rate), **{number: None if np.isnan(mean) else float(mean)
                                         for number, mean in zip(NUMBERS, means, strict=True)},
                  "gradients": float(spent), "forwards": float(passes),
                  "on the front": "yes" if front else "no"}

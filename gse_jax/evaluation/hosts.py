@@ -73,7 +73,7 @@ def start_distributed() -> None:
     """Join the other processes, unless the caller has done so.
 
     Raises:
-        RuntimeError: if JAX finds no cluster, or its backend has already started.
+        ValueError: if JAX finds no cluster, or its backend has already started.
     """
     if jax.distributed.is_initialized():
         return
@@ -81,7 +81,7 @@ def start_distributed() -> None:
         jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RuntimeError(
+        raise ValueError(
             f"engine='distributed': {reason}; on a cluster that JAX does not recognise call "
             "jax.distributed.initialize(coordinator_address=..., num_processes=..., "
             "process_id=...) before anything else, or use shard=(i, n)") from None

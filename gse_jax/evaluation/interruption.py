@@ -60,6 +60,7 @@ class StopSignals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        os.write(2, f"gse_jax: {self.requested}: stopping after this stretch of work\n".encode())
 
 
 class Watchdog:

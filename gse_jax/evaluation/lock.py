@@ -51,7 +51,8 @@ class WriterLock:
                 raise StoreError(_held_message(self._writer, _owner(self._path)))
             me = {"host": _host(), "pid": os.getpid(), "residue": list(self._residue)}
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json.dumps(me).encode(), 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, json.dumps(me).encode())
             self._refuse_overlaps()
         except BaseException:
             os.close(self._file)
@@ -118,8 +119,11 @@ def _alive(path: Path, *, trust_processes: bool) -> bool:
     if owner is None:
         return False
     if owner["host"] == _host():
-        # The kernel's lock was free, so on this machine nobody holds it.
-        return not trust_processes and owner["pid"] != os.getpid() and _process_lives(owner["pid"])
+        if trust_processes or owner["pid"] == os.getpid():
+            # The kernel's lock was free, so on this machine nobody holds it.
+            return False
+        if os.name != "nt":  # Windows has no signal that only asks: there its heartbeat tells.
+            return _process_lives(owner["pid"])
     last = path.stat().st_mtime
     while (wait := last + STALE_SECONDS - time.time()) > 0:
         time.sleep(min(wait, 1.0))

@@ -111,6 +111,28 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> bool:
     return write_file(run_dir / MANIFEST, lambda file: file.write(content), exclusive=True)
 
 
+def widen_manifest(run_dir: Path, cases: Sequence[dict[str, Any]], num_samples: int) -> None:
+    """Let the manifest count cases and samples that an allowed mismatch has added.
+
+    Args:
+        run_dir: the run directory.
+        cases: those of the run that goes on, as in the manifest.
+        num_samples: its N.
+
+    Raises:
+        StoreError: if the system refuses.
+    """
+    manifest = read_manifest(run_dir)
+    known = {case["name"] for case in manifest["cases"]}
+    added = [case for case in cases if case["name"] not in known]
+    if not added and num_samples <= manifest["num_samples"]:
+        return
+    manifest |= {"cases": manifest["cases"] + added,
+                 "num_samples": max(num_samples, manifest["num_samples"])}
+    content = json.dumps(manifest, indent=1, allow_nan=False).encode()
+    write_file(run_dir / MANIFEST, lambda file: file.write(content))
+
+
 def prepare(run_dir: Path, bytes_needed: int) -> None:
     """Create the folders and make sure that they can be written to, before anything is computed.
 

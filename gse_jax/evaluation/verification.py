@@ -169,7 +169,7 @@ class _Tally:
                         {name: values[i].item() for name, values in numbers.items()})
 
     def _judge(self, record, before, after, inside, numbers):
-        counts = self._counts[record["case"]]
+        counts = self._counts.setdefault(record["case"], dict.fromkeys(CaseVerification._fields, 0))
         counts["attacked"] += 1
         target = record["target"]
         wanted = after >= 0 and (after != record["label"] if target is None else after == target)

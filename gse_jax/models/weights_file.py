@@ -10,6 +10,7 @@ References:
 """
 
 import os
+import shlex
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -210,5 +211,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _pickle_message(path: Path) -> str:
     return (
         f"weights: {path} is a PyTorch pickle, which can run code when loaded; convert it once, "
-        f"without running any: gse-jax convert {path.name} --out {path.stem}.safetensors"
+        f"without running any: gse-jax convert {shlex.quote(str(path))} --out "
+        f"{shlex.quote(str(path.with_suffix('.safetensors')))}"
     )
