@@ -22,13 +22,18 @@ def use_all_cpu_cores() -> int:
     Raises:
         RuntimeError: if JAX's backend has already started.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = _num_cores()
     try:
         jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError as error:
         raise RuntimeError("use_all_cpu_cores() must be called before JAX is first used: put it "
                            "right after the imports") from error
     return cores
+
+
+def _num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_compilation_cache(folder) -> None:
@@ -53,7 +58,7 @@ def hint_at_idle_cores(devices) -> None:
         devices: the devices an attack is about to use.
     """
     global _hinted
-    cores = os.cpu_count() or 1
+    cores = _num_cores()
     if _hinted or cores == 1 or len(devices) > 1 or devices[0].platform != "cpu":
         return
     _hinted = True

@@ -52,7 +52,7 @@ def attack(
         params: any pytree of arrays; passed to `apply_fn`.
         apply_fn: (params, x [N, H, W, C]) -> logits [N, K], in evaluation mode, each row depending
             on its own image only. Pass the same function object in later calls: a new lambda
-            compiles anew.
+            compiles anew. Weights belong in `params`: what the function itself holds is read once.
         x: [N, H, W, C] float32 or float64, C in {1, 3}, H and W >= 8, values inside `bounds`.
             N may be 0.
         y: [N] int, true labels.
@@ -79,7 +79,8 @@ def attack(
         that do not fit into an accelerator's memory stay NumPy arrays, with a warning.
 
     Runs on all local devices and returns to the host now and then. Under the caller's `jit`,
-    `vmap` or `shard_map` it is one compiled loop on whatever device the caller's program runs.
+    `vmap` or `shard_map(..., check_vma=False)` it is one compiled loop on whatever device the
+    caller's program runs.
 
     Raises:
         TypeError: for a wrong dtype or type of an argument.
@@ -199,7 +200,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     validation.check_lanes(lanes)
     validation.check_num_images(num_images)
     check_precision(precision)
-    image_shape = tuple(image_shape)
+    image_shape, params = tuple(image_shape), _on_this_process(params)
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
     setup = _set_up(params, apply_fn, find_method(method), settings, hyperparams, bounds, key,
                     targeted, image_shape, dtype, precision)
@@ -207,6 +209,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     def checked():
         for batch in batches:
             sample = Sample(*(np.asarray(a) for a in batch))
+            sample = sample._replace(x=_as_array("x", sample.x))
             validation.check_images(sample.x, bounds)
             if sample.x.shape[1:] != image_shape or sample.x.dtype != dtype:
                 raise ValueError(f"a batch has images {list(sample.x.shape[1:])} "
@@ -244,6 +247,7 @@ class _Setup(NamedTuple):
     hyperparams: Any
     key: jax.Array
     num_classes: int
+    staged: bool  # the model closes over tracers of the caller
     preset: str
     segment: Callable[[Any], Any]  # images [N, H, W, C] -> their superpixels
 
@@ -255,7 +259,7 @@ class _Call:
         self.bounds = validation.check_bounds(bounds)
         validation.check_lanes(lanes)
         check_precision(precision)
-        self.params, self.apply_fn = params, apply_fn
+        self.params, self.apply_fn = _on_this_process(params), apply_fn
         self.x, self.y = _as_array("x", x), _as_array("y", y)
         self.targets = None if targets is None else _as_array("targets", targets)
         self.lanes, self.precision = lanes, precision
@@ -270,8 +274,8 @@ class _Call:
 
     def run(self, setup: _Setup, starts, progress, method) -> AttackResult:
         x, y, targets, count = self.x, self.y, self.targets, self.x.shape[0]
-        traced = validation.is_traced(self.params, x, y, targets, starts, setup.hyperparams,
-                                      setup.key)
+        traced = setup.staged or validation.is_traced(self.params, x, y, targets, starts,
+                                                      setup.hyperparams, setup.key)
         array = jnp.asarray if traced else np.asarray
         goal = np.full(count, -1) if targets is None else targets
         samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
@@ -281,6 +285,7 @@ class _Call:
         if count == 0:
             outcome = _empty_outcome(setup, samples)
         elif traced:
+            _check_shard_map(arguments)
             width = self.lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
             outcome = in_graph(setup.program, min(width, count))(*arguments)
         else:
@@ -301,12 +306,36 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
     settings = default_settings if settings is None else settings
     hyperparams = default_hyperparams if hyperparams is None else hyperparams
     row.check(settings, hyperparams, image_shape)
-    num_classes = validation.check_model(params, apply_fn, image_shape, dtype)
+    lists = [name for name, value in vars(settings).items() if isinstance(value, list)]
+    if lists:
+        raise TypeError(f"settings.{lists[0]} must be a tuple, got a list")
+    num_classes, staged = validation.check_model(params, apply_fn, image_shape, dtype)
     program = Program(hashable(apply_fn), row.bind, settings, targeted, bounds,
                       rewrite_convolutions=jax.default_backend() == "cpu", precision=precision)
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
-    return _Setup(program, hyperparams, as_key(key), num_classes, name,
+    return _Setup(program, hyperparams, as_key(key), num_classes, staged, name,
                   lambda x: segments_of(row, settings, x, bounds))
+
+
+def _on_this_process(params):
+    """Return parameters that this process can use alone: each attacks its own images."""
+    def local(leaf):
+        if (not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer)
+                or leaf.is_fully_addressable):
+            return leaf
+        if not leaf.is_fully_replicated:
+            raise ValueError("params are sharded over several processes, but each process attacks its own "
+                             "images; pass a replicated copy")
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(local, params)
+
+
+def _check_shard_map(arguments):
+    """Refuse a `shard_map` that follows which values vary; the engine's conditionals do not say."""
+    types = (getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in jax.tree.leaves(arguments))
+    if any(getattr(one, "varying", ()) for one in types):
+        raise ValueError("inside shard_map an attack needs jax.shard_map(..., check_vma=False)")
 
 
 def _on_device(outcome):
@@ -336,11 +365,13 @@ def _check_label_values(y, targets, num_classes):
 
 
 def _as_array(name, value):
-    """Return an array without copying one; lists are accepted."""
+    """Return an array without copying one; lists are accepted, and float64 where JAX has only float32."""
+    images = name in ("x", "adversarials")
     if hasattr(value, "ndim") and hasattr(value, "dtype"):
+        if images and isinstance(value, np.ndarray) and value.dtype == np.float64:
+            return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
         return value
     try:
-        images = name in ("x", "adversarials")
         return np.asarray(value, np.float32) if images else np.asarray(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None

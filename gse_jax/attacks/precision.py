@@ -72,15 +72,21 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
     # What is in host memory stays there; an accelerator might not hold all of it.
     array = np if isinstance(outcome.success, np.ndarray) else jnp
     wanted = array.asarray(y if targets is None else targets).astype(np.int32)
-    holds = _holds(apply_fn, targets is not None)
-    parts = [array.asarray(holds(params, outcome.adversarials[i:i + _BATCH], wanted[i:i + _BATCH]))
-             for i in range(0, x.shape[0], _BATCH)]
+    holds = functools.partial(_holds(apply_fn, targets is not None), params)
+    count = x.shape[0]
+    # Whole batches, filled up with the last image: one program for any number.
+    places = np.minimum(np.arange(-(-count // _BATCH) * _BATCH), count - 1).reshape(-1, _BATCH)
+    if array is np:
+        held = np.stack([holds(outcome.adversarials[part], wanted[part]) for part in places])
+    else:
+        held = jax.lax.map(lambda part: holds(outcome.adversarials[part], wanted[part]), places)
     # A clean image that only the coarser loop misclassified is lost too.
-    lost = outcome.success & ~array.concatenate(parts)
+    lost = outcome.success & ~held.reshape(-1)[:count]
     return outcome._replace(
         adversarials=array.where(lost[:, None, None, None], x, outcome.adversarials),
         success=outcome.success & ~lost,
         status=array.where(lost, np.int32(Status.NOT_FOUND), outcome.status),
+        tradeoff=array.where(lost, outcome.tradeoff.dtype.type(0), outcome.tradeoff),
         forward_evals=outcome.forward_evals + 1)
 
 

@@ -1,9 +1,12 @@
 """One attack on one model as a compiled program, cached so that later calls compile nothing."""
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import os
+import sys
 from typing import Any
 
 import jax
@@ -97,17 +100,33 @@ def hashable(apply_fn):
 
     Returns:
         `apply_fn` itself where it can be hashed. A pytree of JAX arrays, such as an Equinox module,
-        compiles once as long as these are the same arrays; others compile anew in each call,
-        because they may have been changed in between.
+        compiles once as long as these are the same arrays. Others, and functions that hold an NNX
+        module, compile anew in each call, because they may have been changed in between.
     """
     try:
         hash(apply_fn)
-        return apply_fn
+        return (lambda params, x: apply_fn(params, x)) if _holds_nnx(apply_fn) else apply_fn
     except TypeError:
         leaves, tree = jax.tree.flatten(apply_fn)
         if any(leaf is apply_fn or isinstance(leaf, np.ndarray) for leaf in leaves):
             return lambda params, x: apply_fn(params, x)
         return _SameParts(apply_fn, leaves, tree)
+
+
+def _holds_nnx(fn) -> bool:
+    """Tell whether a function is, names or is bound to an NNX module, whose weights can change."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    held = [fn, getattr(fn, "__self__", None)]
+    if isinstance(fn, functools.partial):
+        held += [fn.func, *fn.args, *fn.keywords.values()]
+    if inspect.isfunction(fn):
+        held += [fn.__globals__.get(name) for name in fn.__code__.co_names]
+    for cell in getattr(fn, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # empty
+            held.append(cell.cell_contents)
+    return any(isinstance(one, nnx.Module) for one in held)
 
 
 def _takes_graphs(mesh) -> bool:
@@ -211,8 +230,9 @@ def make_mesh(devices) -> jax.sharding.Mesh:
     Returns:
         Mesh with axis `AXIS`.
     """
-    # Auto axes: with Explicit ones, inputs that are not yet placed are refused.
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    # Auto axes: with Explicit ones, inputs that are not yet placed are refused. Not `jax.make_mesh`,
+    # which arranges devices for communication and refuses three of a TPU's four.
+    return jax.sharding.Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def split(mesh) -> NamedSharding:

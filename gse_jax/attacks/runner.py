@@ -174,7 +174,8 @@ def _begin_copy(written, counts, sharding):
     while length < counts.max():  # few lengths, because each is a compilation
         length *= 4
     if length < places:  # all of them are megabytes
-        written = _first(written, sharding, length)
+        with jax.set_mesh(sharding.mesh):
+            written = _first(written, sharding, length)
     for array in jax.tree.leaves(written):
         array.copy_to_host_async()
     return written
@@ -229,7 +230,8 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
     parked = None  # images of the tail that wait, half-way, for a lane
     while unfinished:
         advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
-        state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
+        with jax.set_mesh(mesh):  # the caller may work under another
+            state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
         counts, begin, made = jax.device_get((finished.count, queue.begin, made))
         unfinished -= int(counts.sum())
         written = finished.sample_id, finished.outcome
@@ -253,7 +255,8 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
                 if narrow < width:
                     width = narrow
                     # As many places of the empty queue as this width wants.
-                    samples = _first(queue.samples, sharding, per_lane * width)
+                    with jax.set_mesh(mesh):
+                        samples = _first(queue.samples, sharding, per_lane * width)
                     queue = queue._replace(samples=samples)
 
 

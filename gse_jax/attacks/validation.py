@@ -173,7 +173,7 @@ def check_whole_numbers(settings, smallest: dict[str, int], prefix: str = "setti
             raise ValueError(f"{prefix}{name}={value} must be >= {low}")
 
 
-def check_model(params, apply_fn, image_shape, dtype) -> int:
+def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
     """Refuse a model that does not map [N, H, W, C] to [N, classes]; nothing is computed.
 
     Args:
@@ -183,7 +183,7 @@ def check_model(params, apply_fn, image_shape, dtype) -> int:
         dtype: of the images.
 
     Returns:
-        Number of classes.
+        (number of classes, whether `apply_fn` closes over tracers of the caller).
 
     Raises:
         TypeError: if `apply_fn` is not callable, or returns something other than one float array.
@@ -195,7 +195,12 @@ def check_model(params, apply_fn, image_shape, dtype) -> int:
     batch = 3  # neither 1 nor 2: a model that drops or mixes the batch axis shows
     probe = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
     try:
-        out = jax.eval_shape(apply_fn, params, probe)
+        try:
+            hash(apply_fn)
+            traceable = apply_fn  # traced once
+        except TypeError:
+            traceable = lambda params, x: apply_fn(params, x)
+        jaxpr, out = jax.make_jaxpr(traceable, return_shape=True)(params, probe)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"apply_fn(params, x) failed for x of shape {list(probe.shape)} "
@@ -209,7 +214,7 @@ def check_model(params, apply_fn, image_shape, dtype) -> int:
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"apply_fn must return float logits, got {out.dtype}; return the scores "
                         "before argmax")
-    return out.shape[1]
+    return out.shape[1], any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts)
 
 
 def check_label_values(name, labels, num_classes) -> None:
@@ -304,7 +309,7 @@ def check_problem(params, apply_fn, x, y, targets, bounds) -> int:
     check_images(x, bounds)
     for name, values in labels:
         check_labels(name, values, x.shape[0])
-    num_classes = check_model(params, apply_fn, x.shape[1:], x.dtype)
+    num_classes, _ = check_model(params, apply_fn, x.shape[1:], x.dtype)
     for name, values in labels:
         check_label_values(name, values, num_classes)
     if targets is not None:

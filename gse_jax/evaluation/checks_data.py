@@ -57,7 +57,7 @@ def check_shapes(params, apply_fn, x, y, bounds, targets):
         except (TypeError, ValueError) as error:
             found.append(_refusal("labels" if name == "y" else "targets", error))
     try:
-        classes = validation.check_model(params, apply_fn, x.shape[1:], x.dtype)
+        classes, _ = validation.check_model(params, apply_fn, x.shape[1:], x.dtype)
     except (TypeError, ValueError) as error:
         return [*found, _too_few_classes(params, apply_fn, x) or _refusal("model", error)]
     if not found:

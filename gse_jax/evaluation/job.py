@@ -62,7 +62,7 @@ def set_up(plan: Plan, model=None, data=None) -> Job:
     reader = Reader(as_source(_load_data(plan) if data is None else data), bounds)
     height, width, channels = reader.image_shape
     shape, dtype = (height, width, channels), reader.dtype
-    num_classes = validation.check_model(params, apply_fn, shape, dtype)
+    num_classes, _ = validation.check_model(params, apply_fn, shape, dtype)
     ids = [str(name) for name in reader.source.ids]
     groups = resolve(plan, shape, num_classes, ids)
     for case in (case for group in groups for case in group.cases):

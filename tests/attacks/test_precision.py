@@ -65,6 +65,7 @@ def test_what_does_not_hold_in_float32_is_not_found():
     np.testing.assert_array_equal(checked.adversarials[0], claimed[0])
     np.testing.assert_array_equal(checked.adversarials[1:], x[1:])
     np.testing.assert_array_equal(checked.forward_evals, 7)
+    np.testing.assert_array_equal(checked.tradeoff, [1.0, 0.0, 1.0])  # none where it was taken back
 
 
 def test_a_clean_image_that_only_the_coarse_loop_misclassified_is_no_success():
@@ -95,6 +96,22 @@ def test_the_check_knows_targets_batches_and_other_outcomes():
     assert int(checked.status[3]) == Status.NON_FINITE
     shown = str(jax.make_jaxpr(lambda o, x: confirmed(*arguments[:2], o, x, y, 1 - y))(*arguments[2:]))
     assert "Precision.HIGHEST" in shown and "Precision.DEFAULT" not in shown
+    assert shown.count("dot_general") == 1  # whatever the number of images
+
+
+def test_the_check_compiles_once_for_any_number_of_images():
+    shapes = []
+
+    def model(params, x):
+        shapes.append(x.shape)
+        return linear_logits(params, x)
+
+    kernel = np.zeros((64, 2)), np.zeros(2)
+    for count in (1, 3, 65):
+        outcome = Outcome(np.zeros((count, 8, 8, 1)), np.ones(count, bool),
+                          *np.ones((3, count), np.int32), np.ones(count))
+        confirmed(kernel, model, outcome, np.zeros((count, 8, 8, 1)), np.zeros(count, int), None)
+    assert len(shapes) == 1
 
 
 def test_a_coarse_loop_is_checked_and_an_unknown_precision_refused():

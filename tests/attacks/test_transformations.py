@@ -83,6 +83,54 @@ def test_vmap_over_hyperparams_equals_single_calls():
         np.testing.assert_allclose(swept.adversarials[i], one.adversarials, atol=1e-9)
 
 
+SMALL = GSESettings(num_runs=2, max_steps=6, phase1_steps=3, patch_size=4)
+
+
+def test_under_the_callers_mesh_and_inside_its_closures():
+    params, apply_fn, x, y = toy()
+
+    def run(params, apply_fn=apply_fn):
+        return gse_jax.attack(params, apply_fn, x, y, settings=SMALL, bounds=(-1.0, 1.0)).adversarials
+
+    plain = run(params)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        np.testing.assert_array_equal(run(params), plain)
+    # What vmap hands on is seen by no argument of the attack.
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    inside = jax.vmap(lambda p: run(None, lambda _, x: apply_fn(p, x)))(two)
+    np.testing.assert_allclose(inside, [plain, plain], atol=1e-9)
+    spec = jax.sharding.PartitionSpec("d")
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="check_vma=False"):
+        jax.shard_map(lambda x, y: gse_jax.attack(params, apply_fn, x, y, bounds=(-1.0, 1.0)).success,
+                      mesh=mesh, in_specs=spec, out_specs=spec)(x, y)
+
+
+def test_float64_images_where_jax_has_only_float32():
+    params, apply_fn, x, y = toy()
+    params, x, y = jax.tree.map(np.float32, params), np.asarray(x), np.asarray(y)
+    with jax.enable_x64(False):
+        result = gse_jax.attack(params, apply_fn, x, y, settings=SMALL, bounds=(-1.0, 1.0))
+        again = gse_jax.refine(params, apply_fn, x, result.adversarials, y, bounds=(-1.0, 1.0))
+    assert x.dtype == np.float64 and again.adversarials.dtype == np.float32
+    assert result.success.sum() == again.success.sum() > 0
+
+
+def test_an_nnx_module_that_the_function_names_may_have_changed():
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.Linear(192, 4, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).uniform(0.2, 0.8, (3, 8, 8, 3)).astype("f4")
+
+    def model(_, x):
+        return layer(x.reshape(len(x), -1) - 0.5)
+
+    for _ in range(2):
+        y = np.asarray(model(None, x).argmax(-1))
+        result = gse_jax.attack(None, model, x, y, settings=SMALL)
+        assert (result.gradient_evals > 0).all()  # 0 where the old weights misclassify
+        layer.kernel[...] = -layer.kernel[...]
+
+
 @pytest.mark.slow
 def test_shard_map_by_the_caller():
     params, apply_fn, x, y = toy()

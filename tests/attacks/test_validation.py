@@ -34,6 +34,7 @@ CASES = {
     "outside": (dict(x=X * 3), ValueError, "x .*bounds"),
     "nan pixel": (dict(x=NAN_IMAGE), ValueError, "x .*image 2"),
     "not an array": (dict(x="cat.png"), TypeError, "x "),
+    "labels as a column": (dict(y=Y[:, None]), ValueError, r"y .*use y\[:, 0\]"),
     "one-hot": (dict(y=np.eye(5, dtype="f4")[Y]), ValueError, r"y .*argmax"),
     "float labels": (dict(y=Y.astype("f4")), TypeError, "y .*integer.*float32"),
     "label too large": (dict(y=Y + 7), ValueError, r"y .*\[0, 4\]"),
@@ -67,6 +68,9 @@ CASES = {
     "no runs": (dict(settings=gse_jax.GSESettings(num_runs=0)), ValueError, "num_runs"),
     "even blur": (dict(settings=gse_jax.GSESettings(blur_size=4)), ValueError, "blur_size"),
     "patch": (dict(settings=gse_jax.GSESettings(patch_size=13)), ValueError, "patch_size"),
+    "a list in the settings": (dict(method="gse_refined", settings=dataclasses.replace(
+        gse_jax.preset("gse_refined", "cifar10", False)[0], scales=[3.0])), TypeError,
+        r"settings\.scales .*tuple"),
     "step size": (dict(hyperparams=H._replace(step_size=-1.0)), ValueError, "step_size"),
 }
 
