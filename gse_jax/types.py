@@ -64,8 +64,8 @@ class AttackResult:
         gradient_evals: [N] int32; gradients of the model that the attack used on the image. A
             last iterate whose prediction alone is needed counts as a forward pass; that the
             engine computes its gradient in the same call shows in `Progress.lane_evals`. (The
-            compared attacks count it, as their authors' code takes it: one or two more, in homotopy
-            those of its last cuts.)
+            compared attacks count it, as their authors' code takes it: one for the clean image and
+            one for each restart or run, in homotopy those of its last cuts.)
         forward_evals: [N] int32; forward passes, including those inside gradient evaluations.
         tradeoff: [N] trade-off (lambda) of the run that gave the adversarial, in the units of
             images of range width 2; 0 where no run succeeded.

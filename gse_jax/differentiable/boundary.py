@@ -63,13 +63,16 @@ class BoundaryResult:
 
     Attributes:
         adversarials: [N, H, W, C] points on the boundary, in the caller's bounds: a tie of two
-            classes, so not counted as successes. The clean image where there is no support.
+            classes, so not counted as successes. The clean image where there is no support, the
+            given one where all that changed lies on `bounds`.
         distance: [N] l2 norm of the perturbation in [-1, 1] units, the margin that MMA training
             maximises.
         multiplier: [N] nu in the optimality conditions.
         residual: [N] largest violation of the optimality conditions, in logits and [-1, 1] units,
-            and of `bounds`; infinite where there is no support. Trust derivatives where it is
-            small, say 1e-8 in float64 and 1e-4 in float32.
+            and of `bounds`; infinite where no entry is free to move. Trust derivatives where it is
+            small, say 1e-8 in float64 and 1e-4 in float32. They are those of the closest point
+            among the points that share the given entries on `bounds`: whether such an entry had
+            better leave its bound is not asked.
         support: [N, H, W] bool, pixels that may change.
 
     `adversarials`, `distance` and `multiplier` carry derivatives.

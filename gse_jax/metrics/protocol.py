@@ -23,7 +23,9 @@ class Statistic(NamedTuple):
     Attributes:
         mean: arithmetic mean, or None for an empty sample (never 0, never NaN).
         median: median, or None for an empty sample.
-        standard_error: sample standard deviation (n - 1) / sqrt(n); None for fewer than two.
+        standard_error: of the mean; sample standard deviation (n - 1) / sqrt(n) where every case is an
+            image of its own, else as if the cases of an image were one draw. None for fewer than two
+            images.
         count: n, the number of successes that were averaged.
     """
 
@@ -64,11 +66,12 @@ class TargetedProtocol(NamedTuple):
     worst: TargetedCase
 
 
-def describe(values):
+def describe(values, images=None):
     """Return mean, median and standard error of a sample, with None where they do not exist.
 
     Args:
         values: finite numbers of any shape, concrete; flattened.
+        images: which image each value is of, same shape; None where all are different.
 
     Returns:
         `Statistic` of Python numbers, computed in float64.
@@ -77,7 +80,8 @@ def describe(values):
         ValueError: if a value is NaN or infinite.
 
     References:
-        arXiv 2311.17434 (all its tables report means).
+        arXiv 2311.17434 (all its tables report means); Liang and Zeger, Biometrika 73 (1986), the error
+        of a mean over clusters.
     """
     values = np.asarray(values, np.float64).reshape(-1)
     if not np.isfinite(values).all():
@@ -85,7 +89,10 @@ def describe(values):
     n = values.size
     if n == 0:
         return Statistic(None, None, None, 0)
-    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    _, image = np.unique(np.arange(n) if images is None else images, return_inverse=True)
+    sums = np.bincount(image.reshape(-1), values - values.mean())
+    m = sums.size
+    error = float(np.sqrt(m / (m - 1) * np.sum(sums * sums)) / n) if m > 1 else None
     return Statistic(float(values.mean()), float(np.median(values)), error, n)
 
 
@@ -174,12 +181,12 @@ def targeted_protocol(values, found, *, attacked=None):
     images = int(image_attacked.sum())
     return TargetedProtocol(
         best=_case(smallest[any_found], images),
-        average=_case(values[found], int(attacked.sum())),
+        average=_case(values[found], int(attacked.sum()), np.nonzero(found)[1]),
         worst=_case(largest[every_found], images),
     )
 
 
-def _case(values, total):
-    statistic = describe(values)
+def _case(values, total, images=None):
+    statistic = describe(values, images)
     rate = statistic.count / total if total else None
     return TargetedCase(statistic, total - statistic.count, total, rate)

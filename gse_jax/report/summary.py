@@ -6,7 +6,8 @@ are in neither.
 
 References:
     arXiv 2311.17434 (ASR, ACP, ANC, l2, d_{2,0}; best / average / worst over targets);
-    Wilson, J. Am. Stat. Assoc. 22 (1927), the interval of a rate.
+    Wilson, J. Am. Stat. Assoc. 22 (1927), the interval of a rate;
+    Liang and Zeger, Biometrika 73 (1986), the error of a mean over clusters.
 """
 
 import re
@@ -54,7 +55,8 @@ class Spread(NamedTuple):
     Attributes:
         mean: arithmetic mean.
         median: median.
-        error: sample standard deviation (n - 1) / sqrt(n).
+        error: of the mean; sample standard deviation (n - 1) / sqrt(n), but targets of one image are one
+            draw.
         count: n.
     """
 
@@ -71,7 +73,7 @@ class Rate(NamedTuple):
         share: hits / total.
         hits: successes.
         total: the denominator.
-        low: lower end of the 95 % Wilson interval.
+        low: lower end of the 95 % Wilson interval; targets of one image are one draw.
         high: upper end.
     """
 
@@ -158,11 +160,12 @@ def is_targeted(case):
     return match["method"] if match else None
 
 
-def spread(values):
+def spread(values, images=None):
     """Describe a sample.
 
     Args:
         values: numbers; None among them is left out.
+        images: which image each is of; None where all are different.
 
     Returns:
         `Spread`.
@@ -170,20 +173,31 @@ def spread(values):
     References:
         arXiv 2311.17434.
     """
-    values = np.asarray([v for v in values if v is not None], np.float64)
-    n = values.size
-    if n == 0:
+    values = list(values)
+    images = range(len(values)) if images is None else images
+    kept = [(v, image) for v, image in zip(values, images, strict=True) if v is not None]
+    if not kept:
         return Spread(None, None, None, 0)
-    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return Spread(float(values.mean()), float(np.median(values)), error, n)
+    values = np.asarray([v for v, _ in kept], np.float64)
+    error = _error(values, [image for _, image in kept])
+    return Spread(float(values.mean()), float(np.median(values)), error, len(kept))
 
 
-def rate(hits, total):
+def _error(values, images):
+    """Standard error of a mean over clusters, one for each image (Liang and Zeger 1986)."""
+    _, image = np.unique(images, return_inverse=True)
+    sums = np.bincount(image, values - values.mean())
+    m = sums.size
+    return float(np.sqrt(m / (m - 1) * np.sum(sums * sums)) / values.size) if m > 1 else None
+
+
+def rate(hits, total, draws=None):
     """Describe a success rate.
 
     Args:
         hits: successes.
         total: the denominator.
+        draws: independent draws that the denominator is worth; None for all of it.
 
     Returns:
         `Rate`.
@@ -193,12 +207,22 @@ def rate(hits, total):
     """
     if total == 0:
         return Rate(None, 0, 0, None, None)
-    share, weight = hits / total, _Z * _Z / total
+    draws = total if draws is None else draws
+    share, weight = hits / total, _Z * _Z / draws
     middle = (share + weight / 2) / (1 + weight)
-    half = _Z * np.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
+    half = _Z * np.sqrt(share * (1 - share) / draws + weight / (4 * draws)) / (1 + weight)
     # At 0 and 1 the interval ends there exactly; rounding would leave 1e-17.
     return Rate(share, hits, total, 0.0 if hits == 0 else float(middle - half),
                 1.0 if hits == total else float(middle + half))
+
+
+def _draws(records):
+    """How many independent images the image-target pairs tell as much as."""
+    found = np.asarray([r["status"] == "found" for r in records], np.float64)
+    images = [r["sample_id"] for r in records]
+    error, share = _error(found, images), found.mean() if len(found) else 0.0
+    # Where all pairs agree the error is 0; they tell no more than the images.
+    return min(share * (1 - share) / error**2, len(records)) if error else len(set(images))
 
 
 def summarise_cases(run):
@@ -265,14 +289,15 @@ def summarise_targeted(run):
         any_found = [group for group in reached.values() if group]
         all_found = [group for sample, group in reached.items()
                      if len(group) == len(images[sample])]
-        kinds = (("best", any_found, len(images), min),
-                 ("average", [[r] for group in any_found for r in group], len(pairs), min),
-                 ("worst", all_found, len(images), max))
-        for kind, groups, total, choose in kinds:
-            spreads = {m.key: spread(_chosen(choose, group, m.key) for group in groups)
+        kinds = (("best", any_found, len(images), min, None),
+                 ("average", [[r] for group in any_found for r in group], len(pairs), min, _draws(pairs)),
+                 ("worst", all_found, len(images), max, None))
+        for kind, groups, total, choose, draws in kinds:
+            of = [group[0]["sample_id"] for group in groups]
+            spreads = {m.key: spread((_chosen(choose, group, m.key) for group in groups), of)
                        for m in SPARSITY}
             rows.append(TargetedSummary(run.name, method, kind, len(cases),
-                                        rate(len(groups), total), spreads))
+                                        rate(len(groups), total, draws), spreads))
     return rows
 
 

@@ -177,6 +177,23 @@ def test_strattack_ends_a_retraining_that_does_not_improve():
     assert (searched == 39).all()  # the search is not cut short
 
 
+def test_any_success_of_a_retraining_of_strattack_lowers_its_weight_in_the_original():
+    """c after runs that fool the model without an improvement: halved, or raised as after failures."""
+    after = {}
+    for must_improve in (True, False):
+        settings = structured_attack.StrAttackSettings(
+            num_searches=2, max_steps=40, num_retrainings=3, retrain_steps=6,
+            retrain_must_improve=must_improve)
+        _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
+        weights = {}
+        for state in states_of("strattack", settings, 130, hyperparams._replace(c=20.0)):
+            for i in np.flatnonzero(np.asarray(state.record.status) < 0):
+                weights[i, int(state.run[i])] = float(state.c[i])
+        after[must_improve] = {weights[i, 3] for i in range(6)}
+    assert gse_jax.preset("strattack", "original", False)[0].retrain_must_improve is False
+    assert after[False] == {2.5} and 25.0 in after[True]
+
+
 def test_sigma_zero_learning_rate_is_the_cosine():
     for step in (0, 25, 50, 100):
         expected = 0.1 * 2.0 + (2.0 - 0.2) * 0.5 * (1 + math.cos(math.pi * step / 100))

@@ -119,6 +119,19 @@ def test_targeted_protocol_refuses_what_does_not_fit():
         metrics.targeted_protocol(values * np.nan, found)
 
 
+def test_targets_of_an_image_are_one_draw():
+    """Nine targets that all say the same tell no more than one of them."""
+    rng = np.random.default_rng(0)
+    one = rng.uniform(1, 9, 10)
+    protocol = metrics.targeted_protocol(np.tile(one, (9, 1)), np.ones((9, 10), bool))
+    np.testing.assert_allclose(protocol.average.metric.standard_error,
+                               metrics.describe(one).standard_error)
+    # By hand: two images, values 1 and 3 of the first, 5 of the second; mean 3.
+    error = metrics.describe([1.0, 3.0, 5.0], [0, 0, 1]).standard_error
+    np.testing.assert_allclose(error, np.sqrt(2.0 * (2.0**2 + 2.0**2)) / 3.0)
+    assert metrics.describe([1.0, 3.0], [7, 7]).standard_error is None
+
+
 def test_describe():
     statistic = metrics.describe([1, 2, 3, 10])
     assert (statistic.mean, statistic.median, statistic.count) == (4.0, 2.5, 4)

@@ -45,6 +45,16 @@ def test_targeted_protocol_by_hand():
     assert summary.summarise_targeted(SmallRun("r", untargeted())) == []
 
 
+def test_an_average_over_equal_targets_is_no_surer_than_one_of_them():
+    one = [record(i, "gse/targeted+1", "found" if i % 3 else "not_found", 4 + i) for i in range(30)]
+    two = [r | {"case": "gse/targeted+2"} for r in one]
+    best, average, _ = summary.summarise_targeted(SmallRun("r", one + two))
+    np.testing.assert_allclose(average.rate[3:], best.rate[3:], rtol=0.02)
+    np.testing.assert_allclose(average.spreads["l2"].error, best.spreads["l2"].error)
+    every = [r | {"status": "found", "changed_pixels": 1} for r in one + two]
+    assert summary.summarise_targeted(SmallRun("r", every))[1].rate.low == summary.rate(30, 30).low
+
+
 def random_records(rng, targets=3, images=40):
     statuses = ["found", "not_found", "already_misclassified", "non_finite"]
     return [record(i, f"gse/targeted+{k}", str(rng.choice(statuses, p=[0.7, 0.1, 0.15, 0.05])),

@@ -58,7 +58,7 @@ class Search(NamedTuple):
         last_loss: [] f of the iterate before.
         stood_still: [] int32 iterations beyond `max_steps` in which f stood still.
         tradeoff: [] lambda of this round.
-        round: [] int32 rounds ended.
+        round: [] int32 rounds begun.
         most: [] int32 groups that may be non-zero in this round.
         tuning_left: [] int32 steps of the tuning still to do.
         level_low: [] level of the cut that does not fool the model.
@@ -271,7 +271,7 @@ def end_round(now: Search, limits: Limits, settings, params) -> Search:
     tuning = now._replace(
         phase=jnp.asarray(TUNE, jnp.int32), most=most, tuning_left=steps,
         trial=tuned(now.x, limits, params.loss_step, params.norm_step))
-    hopeless = (changed > int(_MOST_CHANGED * size.size)) | (now.round + 1 >= settings.max_rounds)
+    hopeless = (changed > int(_MOST_CHANGED * size.size)) | (now.round >= settings.max_rounds)
     after = select(steps > 0, tuning, begin_round(now, most, params))
     return select(hopeless, now._replace(phase=jnp.asarray(OVER, jnp.int32)), after)
 

@@ -104,7 +104,8 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
     adversarial = is_adversarial(evaluation.logits, wanted_label(sample, targeted),
                                  targeted=targeted)
     running = record.status == RUNNING
-    better = running & ~clean & adversarial & (score < record.score)
+    # The clean image is no success, also not where another batch rounds a tie the other way.
+    better = running & ~clean & adversarial & (score < record.score) & jnp.any(point != sample.x)
     found = better | jnp.isfinite(record.score)
     finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
     finite &= jnp.all(jnp.isfinite(evaluation.logits))

@@ -61,8 +61,7 @@ class SparsePGDSettings:
     Attributes:
         num_pixels: pixels that may differ, >= 1.
         max_steps: ascent steps, >= 1.
-        unprojected: let pixels outside the mask move too (scaled by how close they are to it); else
-            only those inside do.
+        unprojected: let pixels outside the mask move too; else only those inside do.
         patience: iterations without success and with the same mask before it is drawn anew, >= 1.
         structure: "pixel", "row", "column" or "patch".
         pattern: rows of 0 and 1, what one block of "patch" covers; a 3 x 3 square by default.
@@ -289,7 +288,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
             sample=state.sample,
             w=jnp.where(stay, state.w, moved),
             scores=jnp.where(clean, state.scores, jnp.where(stuck, fresh, scores)),
-            unchanged=jnp.where(same & ~stay, state.unchanged + 1, 0),
+            # The iteration that draws a mask counts as the first without a change.
+            unchanged=jnp.where(stuck & ~clean, 1, jnp.where(same & ~clean, state.unchanged + 1, 0)),
             step=jnp.where(clean, 0, state.step + 1),
             record=note(state.record, state.sample, evaluation, point(state),
                         jnp.zeros((), x.dtype), over, targeted=targeted),

@@ -81,6 +81,9 @@ class StrAttackSettings:
         num_retrainings: runs of the binary search on the support, >= 0.
         retrain_steps: iterations of one of them, >= 1.
         cell_size: side of the groups, in pixels.
+        retrain_must_improve: whether c is lowered only after a run of the retraining that improves on the
+            best image, as in the GSE paper's code; else after any that fools the model, as in the
+            original.
         retrain_patience: iterations without an improvement on the best image after which a run of the
             retraining ends early; 0 for never.
         test_interval: y is tested in every so many-th iteration of the search once an image is
@@ -95,6 +98,7 @@ class StrAttackSettings:
     num_retrainings: int = 8
     retrain_steps: int = 200
     cell_size: int = 2
+    retrain_must_improve: bool = True
     retrain_patience: int = 0
     test_interval: int = 1
     gradient_interval: int = 1
@@ -132,7 +136,8 @@ class StrAttackState(NamedTuple):
         c: [] weight of the margin in this run.
         lower: [] largest c of a run that did not improve, 0 if none.
         upper: [] smallest c of a run that improved, inf if none.
-        improved: [] bool, this run improved on the best so far.
+        improved: [] bool, this run did what lowers c: it improved on the best so far (see also
+            `retrain_must_improve`).
         run: [] int32 runs ended, those of the retraining included.
         step: [] int32 iterations done in this run.
         since: [] int32 the iteration of this run that improved last, 0 if none.
@@ -163,7 +168,8 @@ class StrAttackState(NamedTuple):
 # in range width 2 has gamma / 4, tau / 2, rho / 4, alpha / 4. Its cells are 13 x 13 on ImageNet.
 _ORIGINAL = StrAttackHyperparams(c=1.0, gamma=0.5, tau=1.5, rho=3.75, alpha=1.25, radius=1.0)
 PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
-    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400), _ORIGINAL)),
+    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400,
+                                    retrain_must_improve=False), _ORIGINAL)),
     ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
     ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
 
@@ -227,8 +233,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         sloped = ~state.testing & (evaluation.loss != 0.0)
         here = point(state)
         score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
-        better = is_success(state.record, state.sample, evaluation, targeted) & (
-            score < state.record.score)
+        fools = is_success(state.record, state.sample, evaluation, targeted)
+        better = fools & (score < state.record.score)
         best = jnp.where(better, score, state.record.score)
 
         # A test asks for success alone.
@@ -260,8 +266,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         hopeless = ~(better | jnp.isfinite(state.record.score))
         last = ended & ((state.run + 1 >= num_runs)
                         | ((state.run + 1 == settings.num_searches) & hopeless))
+        enough = better if settings.retrain_must_improve else better | (again & fools)
         moved = state._replace(
-            blocks=select(again, retrained, searched), improved=state.improved | better,
+            blocks=select(again, retrained, searched), improved=state.improved | enough,
             step=done, since=since, ahead=ahead, testing=test_next,
             best_c=jnp.where(better, state.c, state.best_c),
             record=note(state.record, state.sample, evaluation, here, score, last,
