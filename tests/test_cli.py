@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from gse_jax import cli
+from gse_jax import cli, evaluation
 from gse_jax.evaluation import load_run
 
 
@@ -112,6 +113,34 @@ def test_bad_input_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["attack", "compare", "pareto"])
+def test_a_folder_that_cannot_be_is_told_before_anything_is_computed(command, tmp_path, capsys,
+                                                                      monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("computed")
+
+    for name in ("run_attack", "compare", "pareto"):
+        monkeypatch.setattr(f"gse_jax.evaluation.{name}", never)
+    (tmp_path / "file").write_text("no folder")
+    assert cli.main([command, "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                     "--limit", "2", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (evaluation.Preempted("SIGTERM"), 75, "stopped by SIGTERM; everything finished is stored"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocating"), 2, "--lanes"),
+])
+def test_ends_that_are_no_bug_are_one_line(error, code, words, capsys, monkeypatch):
+    def ends(args):
+        raise error
+
+    monkeypatch.setattr("gse_jax.cli.attack._attack", ends)
+    assert cli.main(["demo"]) == code
+    printed = capsys.readouterr().err
+    assert words in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["1\n2\n", "1 2\n3 4\n5 6\n"])

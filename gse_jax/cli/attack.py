@@ -54,12 +54,12 @@ def _attack(args):
     preset(args.method, default_domain(images.images.shape[1:]), args.targets is not None)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
-    folder = output.folder(args.out)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
     hyperparams = options.hyperparams(args.hyperparams, args.method, images.images.shape[1:],
                                       targets is not None)
     about = {"data": args.data, "model": args.model, "weights": str(args.weights),
              "normalize": args.normalize, "class_names": list(images.class_names)}
+    folder = output.folder(args.out)
     print(f"{len(images.labels)} images of {args.data}, {args.model}, {args.method}"
           f"{' targeted' if targets is not None else ''}; compiling ...", flush=True)
     with display(interval=2.0) as show:

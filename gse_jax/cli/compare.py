@@ -50,11 +50,10 @@ def _compare(args):
     images = data.load(args.data, limit=args.limit)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
-    folder = output.folder(args.out)
     offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
     about = {"data": args.data, "model": args.model, "weights": str(args.weights),
              "normalize": args.normalize, "class_names": list(images.class_names)}
-    rows = []
+    folder, rows = output.folder(args.out), []
     with contextlib.ExitStack() as stack:
         def progress(method):
             stack.close()  # the display of the attack before
@@ -89,8 +88,8 @@ def _pareto(args):
     images = data.load(args.data, limit=args.limit)
     apply_fn, params = models.load(args.model, weights=args.weights,
                                    normalize=options.normalization(args.normalize))
-    folder = output.folder(args.out)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
+    folder = output.folder(args.out)
     with contextlib.ExitStack() as stack:
         def progress(method):
             stack.close()

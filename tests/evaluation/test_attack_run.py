@@ -1,10 +1,13 @@
 """A run in memory: who is attacked, what is believed, what is kept."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gse_jax
 from gse_jax import GSESettings, Status
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
 from tests.toy_model import toy
@@ -45,6 +48,17 @@ def test_a_run_survives_the_disk(run, tmp_path):
             else:
                 np.testing.assert_array_equal(getattr(again, name), value)
     assert [p.name for p in path.parent.iterdir()] == ["adversarials.npz"]  # no temporary left
+
+
+def test_what_ran_can_be_run_again_and_is_json():
+    params, apply_fn, x, y = toy()
+    _, caps = gse_jax.preset("gse_refined", "cifar10", False)
+    run = run_attack(params, apply_fn, x[:1], np.asarray(y[:1]), bounds=(-1.0, 1.0), method="sigma_zero", key=3)
+    assert run.about["seed"] == 3 and run.about["gse_jax"] == gse_jax.__version__
+    params_of = run_attack(params, apply_fn, x[:0], np.asarray(y[:0]), bounds=(-1.0, 1.0),
+                           method="gse_refined", hyperparams=caps)
+    json.loads(json.dumps(params_of.about, allow_nan=False))
+    assert params_of.about["hyperparams"]["max_l2"] == "inf"
 
 
 def test_a_success_that_a_fresh_pass_denies_is_none():

@@ -90,3 +90,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert not write_file(path, lambda file: file.write(b"new"), exclusive=True)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_file_is_written_once_also_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # exFAT
+
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "f"
+    assert write_file(path, lambda file: file.write(b"old"), exclusive=True)
+    assert not write_file(path, lambda file: file.write(b"new"), exclusive=True)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]

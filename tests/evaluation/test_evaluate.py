@@ -16,6 +16,7 @@ from gse_jax.evaluation import (
     PreflightError,
     evaluate,
     open_run,
+    verify,
 )
 from gse_jax.evaluation import evaluator
 from gse_jax.evaluation.job import set_up
@@ -183,6 +184,18 @@ def test_a_mismatch_may_be_allowed_and_is_told_ever_after(whole, tmp_path):
     run = evaluate_small(run_dir, model=model(seed=2), allow_mismatch=True)
     assert run.complete
     assert any(line.startswith("allowed mismatch: weights: ") for line in run.warnings)
+
+
+def test_what_an_allowed_mismatch_adds_counts(tmp_path):
+    plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
+    assert evaluate_small(tmp_path, plan, data=dataset(10)).total == 10
+    with pytest.raises(MismatchError):
+        evaluate_small(tmp_path, PLAN, data=dataset(20))
+    assert open_run(tmp_path).total == 10
+    run = evaluate_small(tmp_path, PLAN, data=dataset(20), allow_mismatch=True)
+    assert run.total == len(run.records) == 60 and run.complete
+    assert set(verify(tmp_path, model=model()).cases) == {
+        "gse/untargeted", "gse/targeted+1", "gse/targeted+3"}
 
 
 def test_the_pre_flight_checks_stop_and_may_be_overruled(tmp_path):

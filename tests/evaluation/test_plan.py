@@ -109,6 +109,7 @@ def test_presets_follow_size_and_direction_and_changes_are_applied():
     (AttackPlan(hyperparams={"m": 1}), "hyperparams.m is unknown to method 'gse'"),
     (AttackPlan(settings={"num_runs": 0}), "num_runs=0 must be >= 1"),
     (AttackPlan(offsets=(1, 20)), "offset 20 makes the target the label itself"),
+    (AttackPlan(offsets=(1, 11)), "aim twice at the same of 10 classes"),
     (AttackPlan(preset="mnist"), "domain='mnist' has no preset"),
 ])
 def test_attacks_that_cannot_run_are_refused(attack, message):
