@@ -85,7 +85,7 @@ def front(args):
     for cap in CAPS[:2] if args.smoke else CAPS:
         case.attack("gse_refined" if cap == math.inf else f"gse_refined, l2 <= {cap:g}", max_l2=cap)
     for method, changes in RIVALS.items():
-        for change in changes[:1] if args.smoke else changes:
+        for change in changes[:method == "gse"] if args.smoke else changes:
             words = ", ".join(f"{k} {v}" for k, v in change.items())
             case.attack(f"{method}, {words}" if words else method, method, **change)
     return case.rows

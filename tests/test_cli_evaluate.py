@@ -112,6 +112,7 @@ def test_check_reads_as_evaluate_does(tmp_path, capsys):
     assert "1 of 30 images cannot be used; the first is '000007'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_page_does_not_call_verified_what_came_after(run, tmp_path, monkeypatch):
     """Verified half-way, then continued: the earlier verdict is not about this run."""
     folder, plan = run

@@ -232,7 +232,7 @@ def on_four_devices(row):
     return run(row, *toy(), lanes=6)
 
 
-@pytest.mark.parametrize("row", SOME_ROWS)
+@pytest.mark.parametrize("row", rows_of(["gse"]))
 def test_lanes_devices_and_neighbours_do_not_matter(row):
     params, apply_fn, x, y = toy()
     expected = run(row, params, apply_fn, x, y, lanes=1)
@@ -314,7 +314,7 @@ def test_nan_away_from_the_clean_image_is_no_success(row):
     np.testing.assert_array_equal(result.adversarials, x)
 
 
-@pytest.mark.parametrize("row", SOME_ROWS)
+@pytest.mark.parametrize("row", rows_of(["gse"]))
 def test_hyperparameters_and_values_never_compile_anew(row):
     params, apply_fn, x, y = toy()
     traces = []
@@ -346,7 +346,7 @@ def backdoor(num_images=3, size=16):
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param(row, marks=[] if row in (*QUICK, "sparse_rs") else [pytest.mark.slow])
+    pytest.param(row, marks=[] if row == "gse" else [pytest.mark.slow])
     for row in TABLE if TABLE[row].planted is not None])
 def test_a_planted_backdoor_is_found(row):
     params, x, y, group = backdoor()

@@ -234,6 +234,7 @@ def run_with(loop, algorithm=bound("gse", GSESettings(num_runs=2, max_steps=6, p
     return jax.tree.map(lambda a: a[order], finished.outcome), int(calls[0])
 
 
+@pytest.mark.slow
 def test_the_three_loops_agree():
     # Compiled condition and body: op by op the same takes a minute.
     reference, calls = run_with(lambda more, body, carry: python_loop(jax.jit(more), jax.jit(body),

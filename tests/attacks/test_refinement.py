@@ -219,6 +219,7 @@ def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     assert (ratio >= 1.0 - 1e-5).all() and (ratio <= 1.1).all()
 
 
+@pytest.mark.slow
 def test_one_pixel_is_the_end_for_the_count_not_for_the_norm():
     """A single changed pixel in the corner, much larger than it need be."""
     kernel = jnp.zeros((192, 2)).at[0, 1].set(1.0)

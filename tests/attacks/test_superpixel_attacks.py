@@ -37,6 +37,7 @@ def linear_problem(count=3, side=16):
     return params, x, linear_logits(params, x).argmax(-1).astype(jnp.int32)
 
 
+@pytest.mark.slow
 def test_the_tradeoff_of_homotopy_is_that_of_its_best_image():
     params, x, y = linear_problem()
     settings = HomotopySettings(max_steps=20, max_rounds=3, num_segments=20)

@@ -164,6 +164,7 @@ def test_forward_mode_through_the_attack():
     np.testing.assert_allclose(slope, (size(1.0 + h) - size(1.0 - h)) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pytree_as_model_compiles_once():
     """A pytree of the same arrays is the same model; what may have changed compiles anew."""
     equinox = pytest.importorskip("equinox")

@@ -65,6 +65,7 @@ def test_linear_model_has_the_known_solution():
     assert bool(result.support[:, :4].all()) and not bool(result.support[:, 4:].any())
 
 
+@pytest.mark.slow
 def test_implicit_equals_unrolled_where_the_residual_is_small(curved):
     params, apply_fn, x, y, adversarials = curved
 

@@ -218,8 +218,9 @@ def test_real_network_with_its_own_normalisation(cifar):
         ("resnet20_gse_authors", IMAGENET, "when the normalisation with the ImageNet (or a similar)"
          " mean and std that apply_fn seems to do is replaced by scaling to [-1, 1]",
          "normalize=(0.5, 0.5)"),
-        ("resnet20_imagenet_norm", (0.0, 1.0), "when the images are normalised with the ImageNet "
-         "(or a similar) mean and std", f"normalize={IMAGENET}"),
+        pytest.param("resnet20_imagenet_norm", (0.0, 1.0), "when the images are normalised with the "
+                     "ImageNet (or a similar) mean and std", f"normalize={IMAGENET}",
+                     marks=pytest.mark.slow),
     ],
 )
 def test_real_network_with_a_wrong_normalisation(cifar, weights, normalize, words, fix):
