@@ -224,7 +224,9 @@ def versus():
     return _table("versus", {
         "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`",
         "seconds per image": both("seconds_per_image", "{:.3f}".format),
-        "ratio": lambda r: one(r["ratio"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
+        "ratio (lowest, highest of the pairs)": lambda r: (
+            f"{r['ratio']:.1f} ({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})"),
+        "our gradients": lambda r: one(r["ours_gradients"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
         "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)},
         "{command}, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
 
