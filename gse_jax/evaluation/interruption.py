@@ -1,5 +1,6 @@
 """Ending early without losing anything: signals, and a device that has stopped answering."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -60,7 +61,8 @@ class StopSignals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        os.write(2, f"gse_jax: {self.requested}: stopping after this stretch of work\n".encode())
+        with contextlib.suppress(OSError):  # no terminal any more; `print` is not for signal handlers
+            os.write(2, f"gse_jax: {self.requested}: stopping after this stretch of work\n".encode())
 
 
 class Watchdog:
