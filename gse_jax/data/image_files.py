@@ -21,8 +21,8 @@ from gse_jax.data.dataset import Dataset, checked_dataset
 
 OPTIONS = ("size", "resize")
 RESIZE_POLICIES = ("paper", "crop")
-# Share of the shorter side that the crop keeps, 224 of 256, as torchvision's and timm's evaluation
-# transforms of these networks have it.
+# Share of the shorter side that the crop keeps, 224 of 256, as torchvision's evaluation transforms of the
+# first ImageNet weights have it.
 _CROP_SHARE = 224 / 256
 _THREADS = min(8, os.cpu_count() or 1)
 _LOOK_AHEAD = 2 * _THREADS

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-# (mean, std) of images in [0, 1]: to [-1, 1] as the GSE paper does; what torchvision's and timm's
-# ImageNet checkpoints were trained with; nothing, as for RobustBench's models.
+# (mean, std) of images in [0, 1]: to [-1, 1] as the GSE paper and timm's ViT do; what torchvision's and
+# timm's other ImageNet checkpoints were trained with; nothing, as for RobustBench's models.
 NORMALIZATIONS = {
     "half": (0.5, 0.5),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

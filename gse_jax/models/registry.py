@@ -42,7 +42,7 @@ _MODELS = {
     f"resnet{depth}": _Model(
         resnet.CifarResNet, functools.partial(resnet.config_from_tensors, depth)
     )
-    for depth in (20, 32, 44, 56)
+    for depth in resnet.DEPTHS
 } | {
     f"resnet{depth}": _Model(
         imagenet_resnet.ImageNetResNet,
@@ -82,7 +82,8 @@ def load(
         classes, the widths and the image channels.
       normalize: What the model does to images, `(x - mean) / std`: "half" (0.5, 0.5; the default,
         which suits "digits" and other weights trained on [-1, 1] when `x` is in [0, 1]), "imagenet"
-        (what torchvision's and most of timm's ImageNet weights were trained with), "none" (when `x`
+        (what torchvision's and timm's ImageNet weights were trained with, but for timm's ViT, which
+        wants "half"), "none" (when `x`
         already is in the range that the weights were trained with), or `(mean, std)`, numbers or
         one number per channel, in the unit of the images.
 

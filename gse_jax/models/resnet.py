@@ -22,6 +22,7 @@ from gse_jax.models.layers import batch_norm, convolution, convolution_and_norm
 
 # arXiv:1512.03385 section 4.2.
 NUM_STAGES = 3
+DEPTHS = (20, 32, 44, 56)
 
 
 class ResNetConfig(NamedTuple):
@@ -138,8 +139,10 @@ def config_from_tensors(
     expected = (depth - 2) // (2 * NUM_STAGES)
     if set(found.values()) != {expected}:
         blocks = "/".join(str(n) for n in found.values())
-        same = len(set(found.values())) == 1
-        hint = f"; load it as resnet{2 * NUM_STAGES * found[1] + 2}" if same else ""
+        named = 2 * NUM_STAGES * found[1] + 2
+        hint = f"; load it as resnet{named}" if len(set(found.values())) == 1 and named in DEPTHS else ""
+        if any(name.startswith("layer4.") for name in tensors):
+            hint = "; with its fourth stage it is a resnet18 or resnet50"
         raise ValueError(
             f"weights: {source} has {blocks} blocks in its three stages, "
             f"but resnet{depth} has {expected} in each{hint}"

@@ -51,13 +51,16 @@ def front_plot(means, complete, *, width=2 * COLUMN_WIDTH):
 
 
 def _draw(axes, rows, complete, column, name, style):
-    whole = complete.all()
-    rows = rows[~np.isnan(rows).any(1)]
+    known = ~np.isnan(rows).any(1)
+    rows, complete = rows[known], complete[known]
     order = np.argsort(rows[:, 2])
     if len(rows) == 1:
         style = {**style, "linestyle": "none", "markersize": 4}
         del style["dashes"]
-    if not whole:
-        style = {**style, "markerfacecolor": "none"}
-        name = f"{name} (ASR < 1)"
-    axes.plot(rows[order, 2], rows[order, column], label=name, **style)
+    if not complete.all():
+        name += " (hollow: ASR < 1)" if complete.any() else " (ASR < 1)"
+    (line,) = axes.plot(rows[order, 2], rows[order, column], label=name, **style)
+    if not complete.all():  # white over the markers of points with a miss
+        hollow = {key: value for key, value in style.items() if key != "dashes"} | {
+            "linestyle": "none", "markerfacecolor": "white", "zorder": line.get_zorder() + 0.1}
+        axes.plot(rows[~complete, 2], rows[~complete, column], **hollow)

@@ -236,7 +236,7 @@ def _escape_markdown(cell):
 
 def _latex(cells, left):
     heads, body = cells
-    lines = [r"% Mean +- standard error over found adversarials; needs \usepackage{booktabs}.",
+    lines = [r"% Sparsity and norms are means over found adversarials; needs \usepackage{booktabs}.",
              rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heads) - left)}}}", r"\toprule",
              " & ".join(heads) + r" \\", r"\midrule",
              *(" & ".join(_escape_latex(cell) for cell in row) + r" \\" for row in body),

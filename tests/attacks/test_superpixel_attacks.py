@@ -40,15 +40,19 @@ def linear_problem(count=3, side=16):
 @pytest.mark.slow
 def test_the_tradeoff_of_homotopy_is_that_of_its_best_image():
     params, x, y = linear_problem()
-    settings = HomotopySettings(max_steps=20, max_rounds=3, num_segments=20)
-    attack = lambda params, y: gse_jax.attack(params, linear_logits, x, y, method="homotopy",
-                                              settings=settings)
+    attack = lambda params, y, max_rounds=3: gse_jax.attack(
+        params, linear_logits, x, y, method="homotopy",
+        settings=HomotopySettings(max_steps=20, max_rounds=max_rounds, num_segments=20))
     result = attack(params, y)
     assert bool((result.status == gse_jax.Status.FOUND).any())
     np.testing.assert_array_equal(result.tradeoff > 0, result.status == gse_jax.Status.FOUND)
     hopeless = attack((params[0] * 1e-9, params[1].at[0].set(1.0)), 0 * y)
     np.testing.assert_array_equal(hopeless.status, gse_jax.Status.NOT_FOUND)
     np.testing.assert_array_equal(hopeless.tradeoff, 0.0)
+    fewer = attack((params[0] * 1e-9, params[1].at[0].set(1.0)), 0 * y, max_rounds=2)
+    one = attack((params[0] * 1e-9, params[1].at[0].set(1.0)), 0 * y, max_rounds=1)
+    assert (one.gradient_evals < fewer.gradient_evals).all()
+    assert (fewer.gradient_evals < hopeless.gradient_evals).all()
 
 
 def states_of(method, settings, hyperparams, steps):

@@ -67,6 +67,11 @@ def test_rows_and_figure(front, tmp_path):
     panel = figure.axes[0]
     np.testing.assert_allclose(panel.lines[1].get_xydata()[0], points.means[3, [2, 3]])
     assert panel.lines[1].get_label() == "pgd (ASR < 1)"
+    assert panel.lines[2].get_markerfacecolor() == "white"
+    partly = report.front_plot({"gse_refined": points.means[:3]}, {
+        "gse_refined": np.asarray([True, False, True])}).axes[0]
+    assert partly.lines[0].get_label() == "gse_refined (hollow: ASR < 1)"
+    np.testing.assert_allclose(partly.lines[1].get_xydata(), points.means[1:2, [2, 3]])
     curve = panel.lines[0].get_xdata()
     assert (np.diff(curve) >= 0).all()
     assert report.save_figure(figure, tmp_path / "front")[0].stat().st_size > 5000
