@@ -293,14 +293,14 @@ def source(record, script):
 
 def main():
     """Replace what stands between the markers."""
-    for page, table in ((README, parity), (README, imagenet), (README, refined),
-                        (README, efficiency), (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu),
-                        (REFINEMENT, refinement), (SPEED, giving_up),
-                        (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
-                        (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, compile_time)):
-        name = table.__name__
-        block = f"<!-- {name} -->\n" + "\n".join(table()) + f"\n<!-- end of {name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block,
+    tables = ((README, parity), (README, imagenet), (README, refined), (README, efficiency),
+              (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
+              (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
+              (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, compile_time))
+    blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
+    for page, name, block in blocks:
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->",
+                      lambda _: f"<!-- {name} -->\n{block}\n<!-- end of {name} -->",
                       page.read_text(encoding="utf-8"), flags=re.DOTALL)
         page.write_text(text, encoding="utf-8")
 

@@ -7,8 +7,7 @@ import jax
 import pytest
 
 # Most of the time goes into compiling small programs once: less optimisation halves it, and changes no
-# more than rounding. Notebooks compile as users do. XLA refuses unknown flags, and newer versions have
-# one kind of emitters only.
+# more than rounding. XLA refuses unknown flags, and newer versions have one kind of emitters only.
 _LESS = "--xla_backend_optimization_level=1"
 if jax.__version_info__ < (0, 11):
     _LESS += " --xla_cpu_use_fusion_emitters=false"

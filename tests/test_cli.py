@@ -100,6 +100,8 @@ BAD = {
                    "--normalize", "huh"], "--normalize 'huh'"),
     "hyperparams": (["attack", "--data", "digits", "--model", "resnet20", "--weights", "digits",
                      "--hyperparams", "speed=3", "--limit", "1"], "speed"),
+    "unknown method of many": (["compare", "--data", "digits", "--model", "resnet20", "--weights", "digits",
+                                "--methods", "gze", "--limit", "1"], "gze"),
     "num": (["demo", "--num", "0"], "--num"),
     "no run": (["explain", "/nowhere"], "/nowhere"),
 }

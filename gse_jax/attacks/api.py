@@ -333,8 +333,10 @@ def _on_this_process(params):
 
 def _check_shard_map(arguments):
     """Refuse a `shard_map` that follows which values vary; the engine's conditionals do not say."""
-    types = (getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in jax.tree.leaves(arguments))
-    if any(getattr(one, "varying", ()) for one in types):
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(arguments)]
+    # The first is what JAX before 0.10 called it.
+    if any(getattr(one, "vma", None) or getattr(getattr(one, "manual_axis_type", None), "varying", None)
+           for one in types):
         raise ValueError("inside shard_map an attack needs jax.shard_map(..., check_vma=False)")
 
 

@@ -13,7 +13,7 @@ from gse_jax.types import Status
 # What users call them -> what JAX does.
 PRECISIONS = {"highest": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
-_BATCH = 64
+_BATCH, _PIXELS = 64, 64**3  # images at a time: at most so many, of at most so many pixels together
 
 
 def check_precision(precision) -> None:
@@ -73,11 +73,11 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
     array = np if isinstance(outcome.success, np.ndarray) else jnp
     wanted = array.asarray(y if targets is None else targets).astype(np.int32)
     holds = functools.partial(_holds(apply_fn, targets is not None), params)
-    count = x.shape[0]
+    count, batch = x.shape[0], int(np.clip(_PIXELS // (x.shape[1] * x.shape[2]), 1, _BATCH))
     # Whole batches, filled up with the last image: one program for any number.
-    places = np.minimum(np.arange(-(-count // _BATCH) * _BATCH), count - 1).reshape(-1, _BATCH)
+    places = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)
     if array is np:
-        held = np.stack([holds(outcome.adversarials[part], wanted[part]) for part in places])
+        held = np.stack([np.asarray(holds(outcome.adversarials[part], wanted[part])) for part in places])
     else:
         held = jax.lax.map(lambda part: holds(outcome.adversarials[part], wanted[part]), places)
     # A clean image that only the coarser loop misclassified is lost too.

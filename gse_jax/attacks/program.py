@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import dis
 import functools
 import inspect
 import logging
@@ -100,7 +101,7 @@ def hashable(apply_fn):
 
     Returns:
         `apply_fn` itself where it can be hashed. A pytree of JAX arrays, such as an Equinox module,
-        compiles once as long as these are the same arrays. Others, and functions that hold an NNX
+        compiles once as long as these are the same arrays. Others, and functions that name an NNX
         module, compile anew in each call, because they may have been changed in between.
     """
     try:
@@ -118,14 +119,16 @@ def _holds_nnx(fn) -> bool:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return False
-    held = [fn, getattr(fn, "__self__", None)]
     if isinstance(fn, functools.partial):
-        held += [fn.func, *fn.args, *fn.keywords.values()]
-    if inspect.isfunction(fn):
-        held += [fn.__globals__.get(name) for name in fn.__code__.co_names]
-    for cell in getattr(fn, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # empty
-            held.append(cell.cell_contents)
+        return any(map(_holds_nnx, (fn.func, *fn.args, *fn.keywords.values())))
+    held = [fn, getattr(fn, "__self__", None)]
+    function = getattr(fn, "__func__", fn)
+    if inspect.isfunction(function):
+        held += [function.__globals__.get(step.argval) for step in dis.get_instructions(function)
+                 if step.opname == "LOAD_GLOBAL"]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # empty
+                held.append(cell.cell_contents)
     return any(isinstance(one, nnx.Module) for one in held)
 
 

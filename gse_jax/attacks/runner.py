@@ -8,6 +8,7 @@ copied while its next stretch works. Nothing here depends on time, so a run repe
 rounding of a GPU's kernels.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -168,13 +169,18 @@ def _first(arrays, sharding, length: int):
     return jax.tree.map(first, arrays)
 
 
+def _under(mesh):
+    """Our mesh in place of the caller's, if there is one; JAX refuses to set one under eager `jax.grad`."""
+    return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh)
+
+
 def _begin_copy(written, counts, sharding):
     """Let what an accelerator has finished set out for host memory; without waiting for it."""
     length, places = 4, written[0].shape[0] // len(counts)
     while length < counts.max():  # few lengths, because each is a compilation
         length *= 4
     if length < places:  # all of them are megabytes
-        with jax.set_mesh(sharding.mesh):
+        with _under(sharding.mesh):
             written = _first(written, sharding, length)
     for array in jax.tree.leaves(written):
         array.copy_to_host_async()
@@ -230,7 +236,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
     parked = None  # images of the tail that wait, half-way, for a lane
     while unfinished:
         advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
-        with jax.set_mesh(mesh):  # the caller may work under another
+        with _under(mesh):
             state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
         counts, begin, made = jax.device_get((finished.count, queue.begin, made))
         unfinished -= int(counts.sum())
@@ -255,7 +261,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
                 if narrow < width:
                     width = narrow
                     # As many places of the empty queue as this width wants.
-                    with jax.set_mesh(mesh):
+                    with _under(mesh):
                         samples = _first(queue.samples, sharding, per_lane * width)
                     queue = queue._replace(samples=samples)
 

@@ -44,6 +44,7 @@ def _compare(args):
     from gse_jax import data, models, report
     from gse_jax.attacks import METHODS
     from gse_jax.evaluation import compare, display, save_run
+    from gse_jax.evaluation.comparison import configurations_of
 
     options.require_positive("--limit", args.limit)
     methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
@@ -53,6 +54,7 @@ def _compare(args):
     offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
     about = {"data": args.data, "model": args.model, "weights": str(args.weights),
              "normalize": args.normalize, "class_names": list(images.class_names)}
+    configurations_of(methods, args.preset, images.images.shape[1:], bool(offsets))  # or say what is wrong
     folder, rows = output.folder(args.out), []
     with contextlib.ExitStack() as stack:
         def progress(method):

@@ -38,7 +38,11 @@ def main(argv=None) -> int:
         print(f"gse-jax: {str(error).splitlines()[0]}; use fewer --lanes, or `gse-jax evaluate`, which finds "
               "out by itself how many fit", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # `evaluation.Preempted`
+    except SystemExit as stop:
+        from gse_jax.evaluation import Preempted
+
+        if not isinstance(stop, Preempted):
+            raise
         print(f"gse-jax: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:

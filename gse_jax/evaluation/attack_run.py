@@ -134,6 +134,8 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         ValueError: as `gse_jax.attack`.
     """
     x, y = np.asarray(x), np.asarray(y)
+    if x.dtype == np.float64:  # as the attack sees it
+        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
     targets = None if targets is None else np.asarray(targets)
     validation.check_problem(params, apply_fn, x, y, targets, validation.check_bounds(bounds))
     forward = Forward(params, apply_fn, x.shape[1:])

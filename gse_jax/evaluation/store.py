@@ -1,6 +1,6 @@
 """The run directory as its writers see it.
 
-    manifest.json          what is run: plan, fingerprint, cases, findings; written once
+    manifest.json          what is run: plan, fingerprint, cases, findings; written once, widened by allowed mismatches
     records/<writer>.jsonl one line per (case, sample), each with a checksum
     arrays/<writer>-<n>.npz adversarial and clean images that records point to
     events/<writer>.jsonl  starts, lane counts, out-of-memory, quarantines, allowed mismatches

@@ -220,9 +220,10 @@ def _draws(records):
     """How many independent images the image-target pairs tell as much as."""
     found = np.asarray([r["status"] == "found" for r in records], np.float64)
     images = [r["sample_id"] for r in records]
-    error, share = _error(found, images), found.mean() if len(found) else 0.0
-    # Where all pairs agree the error is 0; they tell no more than the images.
-    return min(share * (1 - share) / error**2, len(records)) if error else len(set(images))
+    share, error = (found.mean(), _error(found, images)) if len(found) else (0.0, None)
+    if share in (0.0, 1.0) or error is None:  # all pairs agree: they tell no more than the images
+        return len(set(images))
+    return min(share * (1 - share) / max(error**2, 1e-30), len(records))
 
 
 def summarise_cases(run):

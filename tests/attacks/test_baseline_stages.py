@@ -115,7 +115,7 @@ def test_strattack_tests_every_third_iteration_once_it_has_an_adversarial_image(
     assert steps == {False: {0, 1, 2}, True: {0}}
 
 
-@pytest.mark.parametrize("interval", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_strattack_evaluates_every_so_many_th_iteration_beyond_the_boundary(interval):
     """A run is that of a plain loop which takes the gradient for zero in between."""
     settings = structured_attack.StrAttackSettings(num_searches=1, max_steps=40, num_retrainings=0,

@@ -232,7 +232,7 @@ def on_four_devices(row):
     return run(row, *toy(), lanes=6)
 
 
-@pytest.mark.parametrize("row", rows_of(["gse"]))
+@pytest.mark.parametrize("row", ENGINE_ROWS)
 def test_lanes_devices_and_neighbours_do_not_matter(row):
     params, apply_fn, x, y = toy()
     expected = run(row, params, apply_fn, x, y, lanes=1)
@@ -314,7 +314,7 @@ def test_nan_away_from_the_clean_image_is_no_success(row):
     np.testing.assert_array_equal(result.adversarials, x)
 
 
-@pytest.mark.parametrize("row", rows_of(["gse"]))
+@pytest.mark.parametrize("row", ENGINE_ROWS)
 def test_hyperparameters_and_values_never_compile_anew(row):
     params, apply_fn, x, y = toy()
     traces = []

@@ -1,5 +1,6 @@
 """Compilation and the caller's transformations."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import gse_jax
 from gse_jax.attacks.gse import GSESettings
+from gse_jax.attacks.program import hashable
 from tests.toy_model import toy
 
 SETTINGS = GSESettings(num_runs=4, max_steps=20, phase1_steps=8)
@@ -99,6 +101,9 @@ def test_under_the_callers_mesh_and_inside_its_closures():
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     inside = jax.vmap(lambda p: run(None, lambda _, x: apply_fn(p, x)))(two)
     np.testing.assert_allclose(inside, [plain, plain], atol=1e-9)
+    # An attack on known values inside the caller's eager gradient, as in `differentiable_attack`.
+    slope = jax.grad(lambda c: c * jnp.sum(run(params) - x))(1.0)
+    np.testing.assert_allclose(slope, jnp.sum(plain - x), atol=1e-9)
     spec = jax.sharding.PartitionSpec("d")
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="check_vma=False"):
@@ -121,9 +126,17 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     layer = nnx.Linear(192, 4, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).uniform(0.2, 0.8, (3, 8, 8, 3)).astype("f4")
 
-    def model(_, x):
+    def closure(_, x):
         return layer(x.reshape(len(x), -1) - 0.5)
 
+    # The same as a function that names a global, half-way filled in.
+    scope = {"layer": layer}
+    exec("def model(scale, _, x): return layer(x.reshape(len(x), -1) * scale - 0.5)", scope)
+    model = functools.partial(scope["model"], 1.0)
+    assert hashable(closure) is not closure and hashable(model) is not model
+    scope["layer"] = None
+    assert hashable(model) is model
+    scope["layer"] = layer
     for _ in range(2):
         y = np.asarray(model(None, x).argmax(-1))
         result = gse_jax.attack(None, model, x, y, settings=SMALL)

@@ -104,8 +104,7 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
     adversarial = is_adversarial(evaluation.logits, wanted_label(sample, targeted),
                                  targeted=targeted)
     running = record.status == RUNNING
-    # The clean image is no success, also not where another batch rounds a tie the other way.
-    better = running & ~clean & adversarial & (score < record.score) & jnp.any(point != sample.x)
+    better = running & ~clean & adversarial & (score < record.score)
     found = better | jnp.isfinite(record.score)
     finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
     finite &= jnp.all(jnp.isfinite(evaluation.logits))
