@@ -140,7 +140,7 @@ def refinement():
     heads = {"front": "Untargeted, first 64 CIFAR-10 test images, authors' ResNet-20",
              "targeted": "Targeted, the same images and network",
              "network": "Another ResNet-20, the same settings",
-             "others": "Other attacks refined (200 gradients at most), authors' ResNet-20",
+             "others": "Other attacks refined (200 gradients at most; StrAttack with its inexact savings on), authors' ResNet-20",
              "ablation": "One change at a time, authors' ResNet-20"}
     lines = []
     for part, head in heads.items():
