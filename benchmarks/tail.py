@@ -6,17 +6,20 @@
 First GSE attacks real images and notes after how many model calls each run of each image's search
 ended. Then the engine itself (queues, widths, parking, order) works through `num` images that need
 just those calls, with a model that costs nothing, and its calls are added up at what they cost with
-a real one: measured here for `cpu`; for `gpu`, as one device, what an H100 took for a ResNet-20
-(`--ms`, `--host-ms` and `--bare-us` for another). So the rules for the tail can be judged in seconds
-and without an accelerator. What is not replayed: other costs of the host, and the machine's moods.
+a real one: measured here for `cpu`, in attacks whose lanes are full; for `gpu`, as one device, what an
+H100 took for a ResNet-20 (`--ms`, `--host-ms` and `--bare-us` for another). So the rules for the tail can
+be judged in seconds and without an accelerator. What is not replayed: other costs of the host, and the
+machine's moods. Few images are drawn several times, because one long image among them changes everything.
 
 efficiency = gradients the attack used x bare time / time of all calls
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import json
+import time
 from typing import NamedTuple
 
 import jax
@@ -31,7 +34,9 @@ SIDE = 8  # of the replayed images, whose pixels are the calls; to the engine as
 H100_MS = {64: 1.60, 256: 4.15, 1024: 14.95}  # of a call, by lanes
 H100_BARE_US = 14.07  # of the bare model per image, at its best
 H100_HOST_MS = (1.0, 8.0)  # after each stretch of calls; to pack the lanes anew
-ON_CPU, ON_GPU = [16, 17, 64, 400], [1024, 1100, 1500, 2048, 10_000]
+CPU_WIDTHS = (8, 4, 1)
+DRAWN = 200  # images in all draws, at least
+ON_CPU, ON_GPU = [16, 17, 24, 32, 64, 128, 400], [1024, 1100, 1500, 2048, 10_000]
 
 
 def recorded(settings, hyperparams, **call):
@@ -138,16 +143,34 @@ def replay(ends, settings, platform, order):
     return made, len(packed)
 
 
+def full_calls(network, width, devices):
+    """Yield the ms of calls with `width` full lanes per device, a stretch of calls at a time."""
+    params, apply_fn, x, y, bounds, _ = network
+    lanes = width * devices
+    images = np.arange(4 * lanes) % len(x)  # so many that none of the lanes idles
+    start = None
+    for stretch in attack_stream(params, apply_fn, samples(x[images], y[images]), image_shape=x.shape[1:],
+                                 bounds=bounds, lanes=lanes, num_images=len(images)):
+        if start is not None:
+            yield (time.perf_counter() - start) * 1e3 * lanes / stretch.lane_evals
+        start = time.perf_counter()
+
+
 def costs(args, network, devices):
     """Return {lanes per device: ms per call}, ms of the bare model per image, and the host's ms."""
     if args.platform == "gpu":
         return {int(k): v for k, v in (args.ms or H100_MS).items()}, args.bare_us / 1e3, args.host_ms
     from throughput import Bare
 
-    timers = {width: Bare(*network[:3], batches=(width,)) for width in (1, 2, 4, 8)}
-    rounds = [{w: timer() * w * devices * 1e3 for w, timer in timers.items()} for _ in range(5)]
-    ms = {width: float(np.median([r[width] for r in rounds])) for width in timers}
-    return ms, min(ms[width] / (width * devices) for width in timers), (0.0, 0.0)
+    widths, seen = ((4, 1) if args.smoke else CPU_WIDTHS), collections.defaultdict(list)
+    bare, times = Bare(*network[:3], batches=(4,) if args.smoke else None), []
+    for again in range(2 if args.smoke else 6):
+        for width in widths:
+            stretches = list(itertools.islice(full_calls(network, width, devices), max(2, 32 // width)))
+            seen[width] += stretches if again else []  # the first time compiles
+        times.append(bare())
+    ms = {width: float(np.median(found)) for width, found in seen.items()}
+    return ms, float(np.median(times)) * 1e3, (0.0, 0.0)
 
 
 def main():
@@ -176,19 +199,27 @@ def main():
     devices = jax.local_device_count() if args.platform == "cpu" else 1
     ms, bare, host = costs(args, network, devices)
     lanes = sorted(ms)
-    shuffled = np.random.default_rng(0).permutation(len(ends))
     rows = []
     counts = args.num or (ON_CPU if args.platform == "cpu" else ON_GPU)
     for order, count in itertools.product(args.order, counts):
-        chosen = np.resize(shuffled, count)
-        if order == "known":
-            chosen = chosen[np.argsort(-ends[chosen, -1], kind="stable")]
-        made, packed = replay(ends[chosen], settings, args.platform, order)
-        total = sum(calls * np.interp(width, lanes, [ms[w] for w in lanes]) + host[0] for width, calls in made)
+        draws = 1 if args.smoke else -(-DRAWN // count)
+        random = np.random.default_rng(0)  # the same images for every order
+        calls, total, used, longest = collections.Counter(), 0.0, 0, []
+        for _ in range(draws):
+            chosen = np.resize(random.permutation(len(ends)), count)
+            if order == "known":
+                chosen = chosen[np.argsort(-ends[chosen, -1], kind="stable")]
+            made, packed = replay(ends[chosen], settings, args.platform, order)
+            for width, number in made:
+                calls[width] += number
+                total += number * np.interp(width, lanes, [ms[w] for w in lanes]) + host[0]
+            total += packed * host[1]
+            used += gradients[chosen].sum()
+            longest.append(int(ends[chosen, -1].max()))
         rows.append({"platform": args.platform, "order": order, "devices": devices, "recorded": len(ends),
-                     "images": count, "longest": int(ends[chosen, -1].max()),
-                     "calls": {w: sum(c for v, c in made if v == w) for w in sorted({w for w, _ in made})},
-                     "efficiency": float(gradients[chosen].sum() * bare / (total + packed * host[1]))})
+                     "images": count, "draws": draws, "longest": round(float(np.mean(longest))),
+                     "calls": {w: round(calls[w] / draws) for w in sorted(calls)}, "ms": ms,
+                     "efficiency": float(used * bare / total)})
         results_file.show(rows[-1])
     results_file.write("tail" if args.platform == "cpu" else "tail_accelerator", args, rows)
 

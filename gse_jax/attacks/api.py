@@ -306,7 +306,8 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
     settings = default_settings if settings is None else settings
     hyperparams = default_hyperparams if hyperparams is None else hyperparams
     row.check(settings, hyperparams, image_shape)
-    lists = [name for name, value in vars(settings).items() if isinstance(value, list)]
+    fields = getattr(settings, "__match_args__", ())  # of a dataclass or a NamedTuple
+    lists = [name for name in fields if isinstance(getattr(settings, name), list)]
     if lists:
         raise TypeError(f"settings.{lists[0]} must be a tuple, got a list")
     num_classes, staged = validation.check_model(params, apply_fn, image_shape, dtype)

@@ -19,7 +19,14 @@ import numpy as np
 
 from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
 from gse_jax.attacks.lanes import Queue, idle_lanes
-from gse_jax.attacks.packing import CPU_TAIL_WIDTH, FULL_ENOUGH, lanes_to_fill, pack, tail_width
+from gse_jax.attacks.packing import (
+    CPU_WIDTH,
+    CPU_WIDTH_FOR_FEW,
+    FULL_ENOUGH,
+    lanes_to_fill,
+    pack,
+    tail_width,
+)
 from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split
 from gse_jax.devices import hint_at_idle_cores
 
@@ -55,7 +62,7 @@ _LARGE_JOB = 4
 # Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
 # more than one in four calls. Dealt again when half of them are taken.
 _QUEUE_PER_LANE = 8
-_FEW = 8  # images per device up to which a CPU works at the width of the tail from the beginning
+_FEW = 16  # images per device up to which a CPU works in fewer lanes
 
 
 def default_lanes_per_device(platform: str, height: int, width: int) -> int:
@@ -70,7 +77,7 @@ def default_lanes_per_device(platform: str, height: int, width: int) -> int:
         Power of two.
     """
     if platform == "cpu":
-        return 8 if height * width <= 64 * 64 else CPU_TAIL_WIDTH
+        return CPU_WIDTH if height * width <= 64 * 64 else CPU_WIDTH_FOR_FEW
     # Enough parallel work to fill an accelerator, less for large images, whose activations weigh. An
     # H100's bare ResNet-20 gives 95 % of its best at 1,024 images of 32 x 32 pixels.
     return int(np.clip(2 ** (20 - int(np.log2(height * width))), 32, 1024))
@@ -104,9 +111,8 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
         devices = devices[:num_images]
         share = -(-num_images // len(devices))
         platform = _platform(devices)
-        # The width of the tail from the beginning: a compilation less, and lanes that stay full.
         if platform == "cpu" and share <= _FEW:
-            width = tail_width(num_images, CPU_TAIL_WIDTH, len(devices), "cpu")
+            width = tail_width(num_images, CPU_WIDTH_FOR_FEW, len(devices), "cpu")
         elif platform != "cpu" and share <= width:
             # Fewer than they are, so that images wait: lanes stay full for longer.
             width = tail_width(int(np.ceil(FULL_ENOUGH * num_images)), width, len(devices), platform,
