@@ -1,6 +1,7 @@
 """Bad input is one clear line that names the argument and the fix, before anything compiles."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax.attacks.algorithm import Method
 from tests.toy_model import linear_logits
 
 RNG = np.random.default_rng(0)
@@ -132,6 +134,21 @@ def test_bounds_are_those_that_the_images_can_hold():
     x[0, 0, 1] = np.nextafter(x[0, 0, 1], np.float32(np.inf))
     with pytest.raises(ValueError, match=r"x must lie inside bounds.*x.clip\(-1.79999995\d+, 2.20000004\d+\)"):
         gse_jax.attack(params, linear_logits, x, y, bounds=(low, high), settings=settings)
+
+
+def test_settings_of_a_method_of_ones_own_may_be_a_named_tuple(monkeypatch):
+    class Settings(NamedTuple):
+        loss: str = "margin"
+        scales: tuple | list = ()
+
+    gse = gse_jax.attacks.METHODS["gse"]
+    own = Method(lambda settings, *rest, **call: gse.bind(S, *rest, **call), lambda *_: (Settings(), H),
+                 lambda *_: None)
+    monkeypatch.setitem(gse_jax.attacks.METHODS, "own", own)
+    with pytest.raises(TypeError, match=r"settings\.scales must be a tuple"):
+        attack(method="own", settings=Settings(scales=[1.0]))
+    with pytest.raises(ValueError, match="y "):  # past the settings: nothing is compiled
+        attack(method="own", y=Y + 7)
 
 
 @pytest.mark.parametrize("field", ["num_runs", "max_steps", "blur_size"])
