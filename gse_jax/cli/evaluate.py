@@ -158,8 +158,11 @@ def _with_verification(run):
 
 def _write_report(runs, folder):
     from gse_jax import report
+    from gse_jax.report.summary import misses_of_gse
 
     tables = report.write_tables(runs, folder)
     page = report.write_page(runs, folder / "index.html")
     print("written: " + ", ".join(str(p) for p in (page, *tables)))
     print(next(p for p in tables if p.name == "summary.md").read_text(encoding="utf-8"))
+    for line in (line for run in runs for line in misses_of_gse(run)):
+        print(line)

@@ -17,6 +17,7 @@ from gse_jax.report.summary import (
     by_case,
     clean_accuracy,
     is_targeted,
+    misses_of_gse,
     summarise_cases,
     summarise_targeted,
 )
@@ -236,6 +237,7 @@ def _remarks(runs):
         if run.manifest.get("verification") is None:
             remarks.append(f"{run.name}: the stored adversarial images have not been checked by a "
                            "fresh forward pass; run gse-jax verify.")
+        remarks += misses_of_gse(run)
     cases = [{case: {r["sample_id"] for r in records}
               for case, records in by_case(run.records).items()} for run in runs]
     for run, these in zip(runs[1:], cases[1:], strict=True):

@@ -126,6 +126,30 @@ class TargetedSummary(NamedTuple):
     spreads: dict
 
 
+def misses_of_gse(run):
+    """Say that GSE found nothing for many images, which may be its preset and not the model.
+
+    Args:
+        run: object with `name` and `records`.
+
+    Returns:
+        List of sentences, one for each of "gse" and "gse_refined" that missed more than a tenth of what
+        it attacked.
+
+    References:
+        None.
+    """
+    said = []
+    for method in ("gse", "gse_refined"):
+        status = [r["status"] for r in run.records if r["method"] == method]
+        missed, attacked = status.count("not_found"), sum(s in ATTACKED for s in status)
+        if missed > 0.1 * attacked:
+            said.append(f"{run.name}: {method} found nothing for {missed:,} of {attacked:,}. That need not be "
+                        "robustness: the paper's mu suits networks with steep gradients, and a smaller one "
+                        "finds more on smooth ones (in a plan: hyperparams = {mu = 0.1, step_size = 0.1}).")
+    return said
+
+
 def by_case(records):
     """Group records by case, in the order in which the cases first come.
 

@@ -118,6 +118,7 @@ def test_several_runs_stand_side_by_side_and_differences_are_told(tmp_path):
     assert "one and two cover different images in gse/targeted+2: 1 images are in one" in text
     assert "two: gse/targeted+2 has 2 of the 7 images; the run is not finished." in text
     assert "two: incomplete: 12 of 13 records" in text
+    assert "one: gse found nothing for 4 of 11. That need not be robustness: the paper's mu" in text
     assert "3 problems" in text and "and 30 more" in text
     differing = re.findall(r"\u2260 ([\w.]+)", text)
     assert "weights" in differing and "bounds" in differing and "jax" not in differing
