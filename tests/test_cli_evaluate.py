@@ -1,6 +1,7 @@
 """`gse-jax evaluate`, `check`, `verify` and `report` as a user types them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -55,8 +56,22 @@ def test_verify_confirms_and_the_page_says_so(run, capsys):
     assert cli.main(["verify", str(folder)]) == 0
     assert "verified" in capsys.readouterr().out
     assert json.loads((folder / "verification.json").read_text())["ok"]
+    for content, said in (None, True), ("[]", False), ('{"ok": tr', False):
+        if content is not None:
+            (folder / "verification.json").write_text(content)
+        assert cli.main(["report", str(folder), "--out", str(folder / "again")]) == 0
+        page = (folder / "again" / "index.html").read_text(encoding="utf-8")
+        assert ("have not been checked by a fresh forward pass" not in page) == said
+
+
+def test_a_verification_of_images_that_are_gone_counts_no_more(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0], folder)
+    assert cli.main(["verify", str(folder)]) == 0
+    next((folder / "arrays").iterdir()).unlink()
     assert cli.main(["report", str(folder), "--out", str(folder / "again")]) == 0
-    assert (folder / "again" / "index.html").is_file()
+    page = (folder / "again" / "index.html").read_text(encoding="utf-8")
+    assert "have not been checked by a fresh forward pass" in page
 
 
 def test_check_passes_the_embedded_model_and_refuses_a_wrong_range(capsys, tmp_path):

@@ -354,8 +354,11 @@ def as_key(key) -> jax.Array:
 
     Raises:
         TypeError: for anything else.
+        ValueError: for a seed outside [0, 2**32).
     """
     if key is None or isinstance(key, (int, np.integer)):
+        if key is not None and not 0 <= key < 2**32:  # JAX takes no more bits into a key
+            raise ValueError(f"key must be from 0 to 2**32 - 1 as a seed, got {key}")
         return jax.random.key(0 if key is None else int(key))
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key

@@ -132,7 +132,10 @@ def _verify(args):
     if not result.ok:
         raise ValueError(f"verification found {result.num_problems} problems; all are in "
                          f"{result.path}")
-    print("verified: every success holds in a fresh forward pass")
+    if any(case.attacked for case in result.cases.values()):
+        print("verified: every success holds in a fresh forward pass")
+    else:
+        print("nothing to verify: no image was attacked")
 
 
 def _report(args):
@@ -144,14 +147,18 @@ def _report(args):
 
 def _with_verification(run):
     """Give the run what the page shows beside its records: a name, and what verify found."""
-    from gse_jax.evaluation.store import count_entries
+    from gse_jax.evaluation.store import count_entries, lost_records
 
     run.name = run.path.resolve().name
     path = run.path / "verification.json"
     if path.is_file():
-        verification = json.loads(path.read_text(encoding="utf-8"))
-        # What was verified before the run went on says nothing of what came then.
-        if verification.get("entries") == count_entries(run.path):
+        try:
+            verification = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # damaged: as if it were not there
+            verification = None
+        # What was verified before the run went on, or lost some, says nothing of what is there now.
+        if (isinstance(verification, dict) and verification.get("entries") == count_entries(run.path)
+                and not lost_records(run.path)):
             run.manifest["verification"] = verification
     return run
 

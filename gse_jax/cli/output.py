@@ -36,7 +36,7 @@ def table(run):
     def mean(statistic, digits):
         return "-" if statistic.mean is None else f"{statistic.mean:.{digits}f}"
 
-    total, seconds = numbers.num_images, run.about["seconds"]
+    total, attacked, seconds = numbers.num_images, numbers.num_attacked, run.about["seconds"]
     return [
         ("clean accuracy", share(round((run.clean_accuracy or 0) * total), total)),
         ("attack success rate, of correctly classified",
@@ -47,8 +47,8 @@ def table(run):
         ("l2 norm, images in [-1, 1]", mean(numbers.l2, 3)),
         ("8x8 patches touched (d_2,0)", mean(numbers.patch_count, 2)),
         ("gradient evaluations per image", mean(numbers.gradient_evals, 1)),
-        ("images per second, compilation included",
-         f"{total / seconds:.2f} ({total} in {seconds:.1f} s)" if total else "-"),
+        ("attacked images per second, compilation included",
+         f"{attacked / seconds:.2f} ({attacked} in {seconds:.1f} s)" if attacked else "-"),
     ]
 
 

@@ -60,6 +60,28 @@ class Advance(NamedTuple):
     lane_evals: int
 
 
+def unusable(read: Read, case: Case, num_classes: int) -> str | None:
+    """Tell why a sample cannot be attacked in a case.
+
+    Args:
+        read: the sample.
+        case: the case.
+        num_classes: K.
+
+    Returns:
+        The reason in words, or None.
+    """
+    if read.reason is not None:
+        return read.reason
+    if not 0 <= read.label < num_classes:
+        return f"label {read.label} lies outside [0, {num_classes - 1}]"
+    try:
+        case.target(read.sample_id, read.label, num_classes)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class Attacker:
     """Runs the cases of one group on all local devices."""
 
@@ -200,14 +222,10 @@ class Attacker:
     def _with_target(self, task: Task) -> tuple[Task, tuple[str, str] | None]:
         """Return the task with its target, and why it cannot be attacked, if so."""
         read, classes = task.sample, self._model.num_classes
-        if read.reason is not None:
-            return task, ("quarantined", read.reason)
-        if not 0 <= read.label < classes:
-            return task, ("quarantined", f"label {read.label} lies outside [0, {classes - 1}]")
-        try:
-            task = task._replace(target=task.case.target(read.sample_id, read.label, classes))
-        except ValueError as error:
-            return task, ("quarantined", str(error))
+        reason = unusable(read, task.case, classes)
+        if reason is not None:
+            return task, ("quarantined", reason)
+        task = task._replace(target=task.case.target(read.sample_id, read.label, classes))
         if task.clean_prediction < 0:
             return task, ("non_finite", "the model gives NaN or infinite logits for the clean "
                                         "image")

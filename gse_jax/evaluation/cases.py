@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,7 +153,8 @@ def _read_targets(path: Path, ids) -> dict[str, int]:
         raise FileNotFoundError(f"plan: there is no target_file {path}")
     try:
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                array = np.load(file, allow_pickle=False)
             if array.shape != (len(ids),) or array.dtype.kind not in "iu":
                 raise ValueError(f"holds {array.dtype} {list(array.shape)}, expected integers "
                                  f"[{len(ids)}], one per sample")
@@ -166,6 +168,13 @@ def _read_targets(path: Path, ids) -> dict[str, int]:
             rows = rows[1:] if rows and not rows[0][-1].strip().isdigit() else rows
         else:
             raise ValueError("must end with .json, .csv or .npy")
-        return {str(sample): int(target) for sample, target in rows}
-    except (ValueError, TypeError, AttributeError) as error:
+        return {str(sample): _whole(target) for sample, target in rows}
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"plan: target_file {path} {error}") from None
+
+
+def _whole(target) -> int:
+    """A class as JSON or CSV has it; 3.9 and true are none."""
+    if isinstance(target, (float, bool)):
+        raise ValueError(f"holds the target {target!r}, expected an integer")
+    return int(target)

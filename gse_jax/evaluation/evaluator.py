@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gse_jax.evaluation.attacker import Attacker
+from gse_jax.evaluation.attacker import Attacker, unusable
 from gse_jax.evaluation.durable import StoreError
 from gse_jax.evaluation.fingerprint import differences, versions
 from gse_jax.evaluation.forward import Forward
@@ -195,10 +195,18 @@ def _remaining(job: Job, run_dir: Path, residue) -> tuple[list[Work], int, int]:
     position = {str(name): i for i, name in enumerate(job.reader.source.ids)}
     done = {case.name: np.zeros(job.num_samples, bool) for group in job.groups
             for case in group.cases}
+    set_aside = {name: np.zeros_like(mask) for name, mask in done.items()}
     for record in valid_records(run_dir):
         index = position.get(record["sample_id"])
         if index is not None and record["case"] in done:
-            done[record["case"]][index] = True
+            quarantined = record["status"] == "quarantined"
+            (set_aside if quarantined else done)[record["case"]][index] = True
+    # What could not be used may be there again: a mount that was away, a file that was repaired.
+    for index in np.flatnonzero(mine & np.any(list(set_aside.values()), axis=0)):
+        read = job.reader.read(int(index))
+        for case in (case for group in job.groups for case in group.cases):
+            if set_aside[case.name][index] and unusable(read, case, job.model.num_classes) is not None:
+                done[case.name][index] = True
     work = [Work(group, np.stack([mine & ~done[case.name] for case in group.cases]))
             for group in job.groups]
     total = int(mine.sum()) * len(done)

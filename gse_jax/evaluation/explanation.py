@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gse_jax import metrics
-from gse_jax.evaluation.attack_run import AttackRun
+from gse_jax.evaluation.attack_run import AttackRun, predict
 from gse_jax.types import Status
 
 PERCENTILES = (50, 60, 70, 80, 90)
@@ -55,10 +55,15 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
         class.
 
     Raises:
-        ValueError: if the run has no image, or the model does not fit the images.
+        ValueError: if the run has no image, or the model is not the one that was attacked.
     """
     if not len(run.y):
         raise ValueError("run has no images to explain; attack at least one")
+    before, _ = predict(params, apply_fn, run.x)
+    same = int((before == run.predictions_before).sum())
+    if same < 0.9 * len(before):  # rounding on another machine changes hardly any
+        raise ValueError(f"params: this model predicts as the run's did for {same} of {len(before)} clean "
+                         "images only; pass the model, weights and normalisation that were attacked")
     found = run.status == Status.FOUND
     goals = np.where(run.targets >= 0, run.targets, run.predictions_after)
     # Aiming at the true class, or at none, would be a map of nothing; that happens for failures only.

@@ -19,7 +19,7 @@ A plan file is TOML or JSON with the fields of `Plan`:
 
 import dataclasses
 import json
-import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +90,8 @@ class Plan:
         """Refuse what cannot be run, in one line."""
         if not self.attacks:
             raise ValueError("plan: attacks is empty, expected at least one")
+        if not 0 <= self.seed < 2**32:  # JAX takes no more bits into a key
+            raise ValueError(f"plan: seed must be from 0 to 2**32 - 1, got {self.seed}")
         if isinstance(self.normalize, str):
             _check_normalization(self.normalize)
         for attack in self.attacks:
@@ -206,6 +208,6 @@ def _check_attack(attack: AttackPlan):
     if len(set(attack.offsets)) != len(attack.offsets):
         raise ValueError(f"plan: offsets {list(attack.offsets)} name one twice")
     for name, value in attack.hyperparams.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(
-                value):
+        if (isinstance(value, bool) or not isinstance(value, (int, float))
+                or not abs(value) < sys.float_info.max):
             raise TypeError(f"plan: hyperparams.{name} must be a finite number, got {value!r}")

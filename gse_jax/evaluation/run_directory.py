@@ -40,7 +40,9 @@ class Run:
         """
         found: dict[tuple[str, str], Record] = {}
         for record in valid_records(self.path):
-            found.setdefault((record["case"], record["sample_id"]), record)
+            key = record["case"], record["sample_id"]
+            if key not in found or found[key]["status"] == "quarantined":  # one made anew counts
+                found[key] = record
         order = {case["name"]: i for i, case in enumerate(self.manifest["cases"])}
         return sorted(found.values(), key=lambda r: (order.get(r["case"], len(order)), r["index"]))
 
@@ -78,9 +80,9 @@ class Run:
                 lines.append(f"written with more than one {what}: {', '.join(kinds)}")
         if self.manifest["forced"]:
             lines.append("errors of the pre-flight checks were overruled (see findings)")
-        quarantined = sum(record["status"] == "quarantined" for record in self.records)
+        quarantined = {r["sample_id"] for r in self.records if r["status"] == "quarantined"}
         if quarantined:
-            lines.append(f"{quarantined} samples could not be used and are quarantined")
+            lines.append(f"{len(quarantined)} samples could not be used and are quarantined")
         if not self.complete:
             lines.append(f"incomplete: {len(self.records)} of {self.total} records")
         return lines

@@ -158,5 +158,6 @@ def _nearest_rank(percentile, number):
     """ceil(percentile / 100 * number) in exact integers: float rounding would move whole ranks."""
     share = Fraction(percentile).limit_denominator(1000) / 100
     above, below = share.numerator, share.denominator
-    # Split off the quotient first, so that number * above cannot overflow int32.
-    return number // below * above + -(-(number % below * above) // below)
+    # Split off the quotient, and take the rest's ranks from NumPy's int64: number * above overflows int32.
+    ranks = -(-np.arange(below, dtype=np.int64) * above // below)
+    return number // below * above + jnp.asarray(ranks, jnp.int32)[number % below]

@@ -193,7 +193,8 @@ class _Page:
 
         def fits(shown, size):
             font = FontProperties(family="DejaVu Sans")
-            return TextPath((0, 0), shown, size, prop=font).get_extents().width <= room
+            plain = shown.replace("$", r"\$")  # between two of them TextPath reads mathematics
+            return TextPath((0, 0), plain, size, prop=font).get_extents().width <= room
 
         room = self.tile_width * 72
         for size in (FONT_SIZE, (FONT_SIZE + _SMALLEST) / 2, _SMALLEST):

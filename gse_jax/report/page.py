@@ -241,6 +241,14 @@ def _remarks(runs):
     cases = [{case: {r["sample_id"] for r in records}
               for case, records in by_case(run.records).items()} for run in runs]
     for run, these in zip(runs[1:], cases[1:], strict=True):
+        data = [r.manifest.get("fingerprint", {}).get("data") for r in (runs[0], run)]
+        everyone = [set().union(*c.values()) for c in (cases[0], these)]
+        if data[0] != data[1]:
+            remarks.append(f"{runs[0].name} and {run.name} are of different data, so the rows are not like "
+                           "for like.")
+        elif not cases[0].keys() & these.keys() and (apart := len(everyone[0] ^ everyone[1])):
+            remarks.append(f"{runs[0].name} and {run.name} cover different images: {apart} are in one of "
+                           "them only, so the rows are not like for like.")
         for case in (case for case in cases[0] if case in these):
             if apart := len(cases[0][case] ^ these[case]):
                 remarks.append(f"{runs[0].name} and {run.name} cover different images in {case}: "

@@ -6,6 +6,7 @@ import pytest
 
 import gse_jax
 from gse_jax import Status, ops
+from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Settings
 from tests.toy_model import linear_logits
 
 CLASSES = 5
@@ -135,3 +136,22 @@ def test_a_constant_model_is_not_found_and_finite():
     result = gse_jax.attack(params, constant, x, jnp.zeros(2, jnp.int32), bounds=(-1.0, 1.0))
     np.testing.assert_array_equal(result.status, Status.NOT_FOUND)
     np.testing.assert_array_equal(result.adversarials, x)
+
+
+@pytest.mark.parametrize("gap", [20.0, 26.0])
+def test_pgd0_goes_as_far_in_any_range_where_the_model_is_sure(gap):
+    """Its normalisation has a floor, which the tiny gradients of a sure model come near to."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.2, 0.8, (4, 8, 8, 1))
+    w = rng.normal(size=(64, 2)) * 3
+    b = np.asarray([gap, 0.0]) - np.mean(x.reshape(4, -1) @ w, axis=0)
+
+    def attacked(high):
+        return gse_jax.attack((w, b), lambda params, x: (x / high).reshape(len(x), -1) @ params[0] + params[1][None],
+                              x * high, np.zeros(4, np.int32), bounds=(0.0, high), method="pgd0",
+                              settings=PGD0Settings(num_pixels=12, max_steps=5, num_restarts=1), key=0)
+
+    one, other = attacked(1.0), attacked(256.0)
+    assert (np.asarray(one.status) != gse_jax.Status.ALREADY_MISCLASSIFIED).all()
+    np.testing.assert_allclose(other.adversarials, np.asarray(one.adversarials) * 256, rtol=1e-12)
+    np.testing.assert_array_equal(one.gradient_evals, other.gradient_evals)

@@ -86,6 +86,12 @@ def test_explanation_of_a_model_without_features(run):
     assert np.isfinite(scores).all() and (np.diff(scores, axis=1) <= 1e-12).all()
 
 
+def test_another_model_is_not_explained(run):
+    params, apply_fn, _, _ = toy()
+    with pytest.raises(ValueError, match="predicts as the run's did for . of .* clean images only"):
+        explain(run, params, lambda params, x: -apply_fn(params, x))
+
+
 def test_predict_equals_one_call_for_any_number():
     params, apply_fn, x, _ = toy()
     for count in (0, 1, 6):

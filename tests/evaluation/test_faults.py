@@ -52,12 +52,14 @@ class Faulty:
     FAULTS = {5: "unreadable", 6: "NaN or infinite", 7: "shape", 8: "bounds", 9: "label 7",
               11: "float64"}
 
-    def __init__(self):
-        self._data = dataset()
+    def __init__(self, repaired=()):
+        self._data, self._repaired = dataset(), repaired
         self.ids = self._data.ids
 
     def __getitem__(self, index):
         image, label = self._data.images[index].copy(), self._data.labels[index]
+        if index in self._repaired:
+            return image, label
         if index == 5:
             raise OSError("unreadable: broken data stream")
         if index == 6:
@@ -84,6 +86,19 @@ def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole,
             del expected[key]
     same_tables({k: v for k, v in table(run).items() if v["status"] != "quarantined"}, expected)
     assert "6 samples could not be used and are quarantined" in run.warnings
+
+
+def test_what_was_set_aside_is_tried_again(whole, tmp_path):
+    """A mount may have been away; what is still broken stays as it is."""
+    evaluate_small(tmp_path, UNTARGETED, data=Faulty())
+    stored = [path.read_bytes() for path in sorted((tmp_path / "records").iterdir())]
+    evaluate_small(tmp_path, UNTARGETED, data=Faulty())
+    assert [path.read_bytes() for path in sorted((tmp_path / "records").iterdir())][:len(stored)] == stored
+    repaired = {5, 6, 7, 8, 9}
+    run = evaluate_small(tmp_path, UNTARGETED, data=Faulty(repaired), allow_mismatch=True)
+    assert run.complete and "1 samples could not be used and are quarantined" in run.warnings
+    same_tables({k: v for k, v in table(run).items() if v["index"] != 11},
+                {k: v for k, v in table(whole).items() if k in table(run) and v["index"] != 11})
 
 
 @pytest.mark.slow

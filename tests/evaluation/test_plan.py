@@ -44,6 +44,8 @@ def test_toml_json_and_python_say_the_same(tmp_path):
     ("dat = 1", "dat is unknown; use one of data, model"),
     ("limit = 'ten'", "limit must be an integer of at least 1, got 'ten'"),
     ("seed = true", "seed must be an integer, got True"),
+    ("seed = 4294967296", "seed must be from 0 to"),
+    ("[[attacks]]\nhyperparams = { mu = 1" + 400 * "0" + " }", "hyperparams.mu must be a finite number"),
     ("normalize = 'imagnet'", "normalize = 'imagnet' is unknown; use half, imagenet, none or"),
     ("normalize = 0.5", r"normalize must be half, imagenet, none or \[mean, std\], got 0.5"),
     ("attacks = 3", "attacks must be a list of tables"),
@@ -140,6 +142,9 @@ def test_target_files(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("t.json", "[1]", "t.json"), ("t.json", '{"a": "x"}', "invalid literal"),
+    ("t.json", '{"a": 3.9}', "the target 3.9, expected an integer"), ("t.npy", "", "t.npy"),
+    ("t.json", '{"a": 1e999}', "expected an integer"), ("t.json", '{"a": true}', "expected an integer"),
+    ("t.npy", "PK\x03\x04", "t.npy"),
     ("t.csv", "id,target\na,1,2\n", "too many values"), ("t.txt", "", "must end with")])
 def test_bad_target_files_are_told(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)

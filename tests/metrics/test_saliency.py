@@ -1,5 +1,6 @@
 """Adversarial saliency and interpretability score against Jacobians and loops."""
 
+from fractions import Fraction
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from gse_jax import metrics
+from gse_jax.metrics.saliency import _nearest_rank
 
 PERCENTILES = (50, 60, 70, 80, 90)
 
@@ -112,6 +114,13 @@ def test_score_equals_a_loop(shape):
     ]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert len(np.unique(np.round(want, 3))) > 2
+
+
+@pytest.mark.parametrize("percentile", [50, 66.667, 33.333, 99.9])
+def test_ranks_of_many_entries_do_not_overflow(percentile):
+    number = np.asarray([0, 1, 999, 65_000, 150_528, 2**31 - 1])
+    exact = [math.ceil(Fraction(str(percentile)) / 100 * int(n)) for n in number]
+    np.testing.assert_array_equal(_nearest_rank(percentile, jnp.asarray(number, jnp.int32)), exact)
 
 
 def test_percentile_is_the_exact_nearest_rank():

@@ -97,6 +97,11 @@ def test_names_that_are_too_long_end_in_an_ellipsis():
     assert NAMES[2] in words(wide)
 
 
+def test_names_with_dollars_are_no_mathematics():
+    names = {0: "cat", 1: "CAD_$20 or CAD_$50", 2: "a $x$ b"}
+    assert {"CAD_$20 or CAD_$50", "a $x$ b"} <= set(words(make_panel(3, width=14, class_names=names)))
+
+
 def test_grey_images_numbers_for_names_and_no_confidences():
     figure = make_panel(2, channels=1, class_names=None, heat_maps=None)
     assert "1" in words(figure)

@@ -106,6 +106,14 @@ def test_texts_of_the_records_are_escaped(tmp_path):
     assert parsed.text.count("{{ 7 * 7 }}") >= 12 and "49" not in parsed.text
 
 
+def test_runs_of_other_images_are_not_like_for_like(tmp_path):
+    first, second = run("one"), run("two", manifest={"fingerprint": {"weights": "w", "data": "other"}})
+    assert "one and two are of different data, so the rows are not" in page([first, second], tmp_path).text
+    third = run("three")
+    third.records = [{**r, "case": "pgd/untargeted"} for r in untargeted()[:4]]
+    assert "one and three cover different images: 3 are in one of" in page([first, third], tmp_path).text
+
+
 def test_several_runs_stand_side_by_side_and_differences_are_told(tmp_path):
     first, second = run("one"), run("two", manifest={"bounds": [0, 1], "verification": {
         "ok": False, "num_problems": 3, "problems": ["x"] * 50}})

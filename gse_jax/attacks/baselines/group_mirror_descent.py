@@ -12,9 +12,8 @@ References:
 
 Differs from the reference:
     Of the adversarial iterates the one with the fewest pixels is kept, then with the smallest l2
-    norm (the code means to, but keeps the last). The grid has n x n cells; there the pixels left
-    over make cells that share numbers with others. The point after the last step is tested too.
-    Superpixels are projected onto exactly, as cells are (there by their largest member alone).
+    norm (the code means to, but keeps the last). Superpixels are projected onto exactly, as cells are
+    (there by their largest member alone).
 """
 
 import dataclasses
@@ -106,7 +105,7 @@ class GSMDState(NamedTuple):
     record: Record
 
 
-# attackParams.json has ImageNet only; an 8 x 8 grid and D = 5 are the comparison's on CIFAR-10.
+# attackParams.json has ImageNet only; the 8 x 8 grid and D = 5 on CIFAR-10 are ours.
 PRESETS = {(domain, targeted): (GSMDSettings(), GSMDHyperparams(budget=2.0 if targeted else 20.0))
            for domain in ("original", "imagenet") for targeted in (False, True)}
 PRESETS |= {("cifar10", targeted): (GSMDSettings(cells_per_axis=8), GSMDHyperparams(budget=5.0))

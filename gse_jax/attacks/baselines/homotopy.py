@@ -27,7 +27,8 @@ Differs from the reference:
     Rounds have a largest number of steps, and end at once at a fixed point, where all further steps
     are the same. The final cut is a bisection over the level (16 evaluations) where the code takes
     up to 40,000 subgradient steps of the l-infinity norm. The GSE paper's version counts values
-    where its prox counts superpixels, and leaves kept ones unclipped; here groups are groups.
+    where its prox counts superpixels, and leaves kept ones unclipped; here groups are groups. It takes
+    a multiple of `tuning_every` changed values for the level below, where the original and we step up.
 """
 
 import dataclasses

@@ -170,6 +170,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     del key  # Unused.
     low, high = bounds
     scale = (high - low) / settings.range_width
+    to_width_2 = (2.0 / settings.range_width) ** 2  # the trade-off, beside a squared norm
     cycle = settings.magnitude_steps + settings.selection_steps
     search_steps = settings.rounds * cycle
     last_step = search_steps + settings.magnitude_steps // 2  # the test of what the tuning left
@@ -227,7 +228,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return select(ended, begin_run(after), after)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record, state.best_tradeoff))
+                     lambda state: outcome_of(state.record, to_width_2 * state.best_tradeoff))
 
 
 def begin_run(state: SAPFState) -> SAPFState:

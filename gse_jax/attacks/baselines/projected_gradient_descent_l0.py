@@ -151,10 +151,10 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         exhausted = ~clean & (state.step == settings.max_steps)
         restart = state.restart + exhausted.astype(jnp.int32)
         over = success | (exhausted & (restart >= settings.num_restarts))
-        # 1e-10: the floor of the reference's normalisation.
-        total = jnp.sum(jnp.abs(evaluation.gradient)) + 1e-10
-        moved = state.image + (jnp.asarray(hyperparams.step_size, dtype) / total
-                               ) * evaluation.gradient
+        gradient = width * evaluation.gradient
+        # 1e-10: the floor of the reference's normalisation, for images of range width 1.
+        total = jnp.sum(jnp.abs(gradient)) + 1e-10
+        moved = state.image + (jnp.asarray(hyperparams.step_size, dtype) / total) * gradient
         begin = clean | exhausted
         return PGD0State(
             sample=state.sample,
