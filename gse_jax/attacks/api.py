@@ -154,8 +154,9 @@ def refine(
     adversarials = _as_array("adversarials", adversarials)
     validation.check_adversarials(adversarials, call.x, call.bounds)
     unit = 0.5 * (call.bounds[1] - call.bounds[0])  # the hyperparameters are for range width 2
-    caps = {name: cap / unit for name, cap in (("max_l2", max_l2), ("max_linf", max_linf))
-            if cap is not None}
+    caps = {name: cap for name, cap in (("max_l2", max_l2), ("max_linf", max_linf)) if cap is not None}
+    validation.check_caps(caps)
+    caps = {name: cap / unit for name, cap in caps.items()}
     setup = call.set_up(REFINE, RefineSettings(objective=objective, max_evals=max_evals),
                         RefineHyperparams(**caps), None)
     setup = setup._replace(preset=f"refine {objective}")
@@ -209,7 +210,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     def checked():
         for batch in batches:
             sample = Sample(*(np.asarray(a) for a in batch))
-            sample = sample._replace(x=_as_array("x", sample.x))
+            # A copy: several batches wait in the queues, and a loader may fill one buffer again and again.
+            sample = sample._replace(x=np.array(_as_array("x", sample.x)))
             validation.check_images(sample.x, bounds)
             if sample.x.shape[1:] != image_shape or sample.x.dtype != dtype:
                 raise ValueError(f"a batch has images {list(sample.x.shape[1:])} "
@@ -286,6 +288,7 @@ class _Call:
             outcome = _empty_outcome(setup, samples)
         elif traced:
             _check_shard_map(arguments)
+            arguments = validation.unsplit(arguments)
             width = self.lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
             outcome = in_graph(setup.program, min(width, count))(*arguments)
         else:

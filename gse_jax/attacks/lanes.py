@@ -105,7 +105,12 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
         (Evaluation with leading axis L, list of arrays that the backward pass needs).
     """
     points = jax.vmap(algorithm.query)(states)
-    logits, pullback = jax.vjp(logits_fn, points)
+
+    def rows_of_logits(points):
+        logits = logits_fn(points)
+        return logits.reshape(len(points), logits.shape[-1])  # a model may squeeze a batch of one
+
+    logits, pullback = jax.vjp(rows_of_logits, points)
 
     # The derivative of the loss by the logits is taken image by image; a NaN in one row cannot
     # reach another through a sum over the batch.

@@ -45,11 +45,13 @@ def full_precision(apply_fn):
         apply_fn: (params, x) -> logits.
 
     Returns:
-        A function of the same signature; the model's own calls may still ask for less.
+        A function of the same signature; the model's own calls may still ask for less. Of a model that
+        squeezes a batch of one it returns [1, classes] all the same.
     """
     def exact(params, x):
         with multiplying("highest"):
-            return apply_fn(params, x)
+            logits = apply_fn(params, x)
+            return logits.reshape(len(x), logits.shape[-1])
 
     return exact
 

@@ -192,7 +192,7 @@ def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function (params, x) -> logits, got "
                         f"{type(apply_fn).__name__}; the order is attack(params, apply_fn, x, y)")
-    batch = 3  # neither 1 nor 2: a model that drops or mixes the batch axis shows
+    batch = 3  # neither 1 nor 2: a model that mixes the batch axis shows
     probe = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
     try:
         try:
@@ -215,6 +215,47 @@ def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
         raise TypeError(f"apply_fn must return float logits, got {out.dtype}; return the scores "
                         "before argmax")
     return out.shape[1], any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts)
+
+
+def unsplit(tree):
+    """Return arrays whole on every device that a mesh of Explicit axes, JAX's default, splits.
+
+    The engine takes rows of its queue one by one, which such arrays do not allow. (Those of eager calls
+    come from host memory, and Auto axes are the compiler's affair.)
+
+    Args:
+        tree: pytree of arrays, possibly traced; others pass through.
+
+    Returns:
+        The same values.
+    """
+    def whole(leaf):
+        sharding = getattr(jax.typeof(leaf), "sharding", None) if isinstance(leaf, jax.Array) else None
+        if sharding is None or not any(sharding.spec):
+            return leaf
+        whole_on_each = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.sharding.reshard(leaf, whole_on_each)
+
+    return jax.tree.map(whole, tree)
+
+
+def check_caps(caps) -> None:
+    """Refuse caps of norms that are no positive numbers.
+
+    Args:
+        caps: {name: number, possibly traced, in the caller's units}.
+
+    Raises:
+        TypeError: for what is not one number.
+        ValueError: for a number that is not above 0.
+    """
+    for name, cap in caps.items():
+        if isinstance(cap, jax.core.Tracer):
+            continue
+        if isinstance(cap, (str, bool)) or np.ndim(cap):
+            raise TypeError(f"{name} must be a number in the units of bounds, got {cap!r}")
+        if not float(cap) > 0.0:
+            raise ValueError(f"{name}={float(cap):g} must be > 0")
 
 
 def check_label_values(name, labels, num_classes) -> None:

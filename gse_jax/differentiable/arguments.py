@@ -57,9 +57,9 @@ def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:
         ValueError: for a wrong shape or range; in one line.
     """
     low, high = validation.check_bounds(bounds)
-    x, y = jnp.asarray(x), jnp.asarray(y)
     targeted = targets is not None
-    targets = jnp.asarray(targets) if targeted else None
+    x, y, targets = validation.unsplit((jnp.asarray(x), jnp.asarray(y),
+                                        jnp.asarray(targets) if targeted else None))
     validation.check_problem(params, apply_fn, x, y, targets, (low, high))
     y = y.astype(jnp.int32)
     goal = targets.astype(jnp.int32) if targeted else jnp.full_like(y, -1)

@@ -152,6 +152,7 @@ def differentiable_attack(
         fixed = lax.stop_gradient((params, x, hyperparams))
         tradeoff = attack(fixed[0], apply_fn, fixed[1], y, targets=targets, settings=settings,
                           hyperparams=fixed[2], bounds=bounds).tradeoff
+        tradeoff = lax.stop_gradient(tradeoff)  # apply_fn may close over what is differentiated
     tradeoff = _checked_tradeoff(tradeoff, x)
     return run_once(params, samples, tradeoff, hyperparams, apply_fn=hashable(apply_fn), goal=goal,
                     settings=settings)

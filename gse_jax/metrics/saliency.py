@@ -90,8 +90,13 @@ def adversarial_saliency(params, apply_fn, x, y, targets):
         arXiv 1511.07528; arXiv 1808.01664, section on interpretability.
     """
     x = jnp.asarray(x)
+
+    def rows_of_logits(images):
+        logits = apply_fn(params, images)
+        return logits.reshape(len(images), logits.shape[-1])  # a model may squeeze a batch of one
+
     with jax.default_matmul_precision("highest"):
-        logits, pull_back = jax.vjp(lambda images: apply_fn(params, images), x)
+        logits, pull_back = jax.vjp(rows_of_logits, x)
     num_classes = logits.shape[-1]
     y = require_labels("y", y, x.shape[0], num_classes)
     targets = require_labels("targets", targets, x.shape[0], num_classes)

@@ -179,6 +179,17 @@ def test_inside_the_callers_jit(expected):
 
 
 @pytest.mark.slow
+def test_images_that_an_explicit_mesh_splits(expected):
+    """`jax.make_mesh` makes Explicit axes, which allow no row to be taken from a split array."""
+    params, apply_fn, x, y = toy()
+    split = jax.sharding.NamedSharding(jax.make_mesh((2,), ("batch",)), jax.sharding.PartitionSpec("batch"))
+    x, y = jax.device_put((x, y), split)
+    same(jax.jit(lambda x, y: ATTACK(params, apply_fn, x, y, lanes=6))(x, y), expected)
+    result = gse_jax.differentiable_attack(params, apply_fn, x, y, settings=SETTINGS, bounds=(-1.0, 1.0),
+                                           tradeoff=expected.tradeoff, num_steps=2)
+    assert result.adversarials.shape == x.shape
+
+
 def test_inside_the_callers_vmap(expected):
     params, apply_fn, x, y = toy()
     one = jax.vmap(lambda x, y: ATTACK(params, apply_fn, x[None], y[None]))(x, y)
@@ -392,6 +403,38 @@ def test_a_stream_of_batches_equals_one_call(expected):
     order = np.argsort(ids)
     np.testing.assert_allclose(np.stack(adversarials)[order], expected.adversarials, atol=1e-9)
     assert lane_evals >= int(np.sum(expected.gradient_evals))
+
+
+def test_a_loader_may_fill_one_buffer_again_and_again(expected):
+    params, apply_fn, x, y = toy()
+    x, y = np.asarray(x), np.asarray(y)
+    buffer = np.empty_like(x[:2])
+
+    def refilled():
+        for batch in batches(x, y, (2, 2, 2)):
+            buffer[:] = batch.x
+            yield batch._replace(x=buffer)
+
+    stretches = list(attack_stream(params, apply_fn, refilled(), image_shape=x.shape[1:], lanes=2,
+                                   settings=SETTINGS, bounds=(-1.0, 1.0), dtype=np.float64))
+    ids = np.concatenate([s.sample_ids for s in stretches])
+    found = np.concatenate([s.outcome.adversarials for s in stretches])
+    np.testing.assert_allclose(found[np.argsort(ids)], expected.adversarials, atol=1e-9)
+
+
+def test_a_model_may_squeeze_a_batch_of_one(expected):
+    """Global pooling and `.squeeze()`: the tail's last lane, and one image, lose their batch axis."""
+    params, apply_fn, x, y = toy()
+
+    def squeezed(params, x):
+        return jnp.squeeze(apply_fn(params, x)[:, None])
+
+    same(gse_jax.attack(params, squeezed, x, y, settings=SETTINGS, bounds=(-1.0, 1.0), lanes=1), expected)
+    alone = gse_jax.attack(params, squeezed, x[:1], y[:1], settings=SETTINGS, bounds=(-1.0, 1.0), precision="tf32")
+    np.testing.assert_array_equal(alone.success, expected.success[:1])
+    saliency = gse_jax.metrics.adversarial_saliency(params, squeezed, x[:1], y[:1], (y[:1] + 1) % 3)
+    np.testing.assert_array_equal(
+        saliency, gse_jax.metrics.adversarial_saliency(params, apply_fn, x[:1], y[:1], (y[:1] + 1) % 3))
 
 
 def test_a_stream_is_pulled_as_lanes_fall_free_and_may_be_empty():

@@ -285,6 +285,8 @@ def test_states_of_images_that_cannot_be_refined():
     (dict(max_l2=0.0), ValueError, "max_l2=0 must be > 0"),
     (dict(max_linf=-1.0), ValueError, "max_linf=-1 must be > 0"),
     (dict(max_l2=float("nan")), ValueError, "max_l2=nan must be > 0"),
+    (dict(max_l2=-3.0, bounds=(-4.0, 4.0)), ValueError, "max_l2=-3 must be > 0"),
+    (dict(max_linf="1"), TypeError, "max_linf must be a number in the units of bounds, got '1'"),
     (dict(max_evals=0), ValueError, "max_evals=0 must be >= 1"),
     (dict(adversarials=np.zeros((2, 20, 20, 3), np.float32)), ValueError, "the shape of x"),
     (dict(adversarials=np.zeros((6, 20, 20, 3))), TypeError, "the dtype of x, float32"),
@@ -294,9 +296,9 @@ def test_states_of_images_that_cannot_be_refined():
 ])
 def test_wrong_arguments_get_one_clear_line(change, error, words):
     params, apply_fn, x, y = toy(jnp.float32)
-    arguments = {"adversarials": x, **change}
+    arguments = {"adversarials": x, "bounds": BOUNDS, **change}
     with pytest.raises(error, match=words) as caught:
-        gse_jax.refine(params, apply_fn, x, y=y, bounds=BOUNDS, **arguments)
+        gse_jax.refine(params, apply_fn, x, y=y, **arguments)
     assert "\n" not in str(caught.value)
 
 

@@ -132,6 +132,26 @@ def test_value_of_a_search_and_of_boosted_runs(targeted):
 
 
 @pytest.mark.slow
+def test_a_model_that_closes_over_what_is_differentiated():
+    """The search's trade-off is fixed then too."""
+    params, apply_fn, x, y = toy()
+    settings = gse_jax.GSESettings(num_runs=3, max_steps=8, phase1_steps=4)
+
+    def distance(result, x):
+        return jnp.sum((result.adversarials - x) ** 2)
+
+    def by_params(params):
+        return distance(gse_jax.differentiable_attack(params, apply_fn, x, y, settings=settings,
+                                                      bounds=(-1.0, 1.0)), x)
+
+    def by_closure(params):
+        return distance(gse_jax.differentiable_attack(None, lambda _, x: apply_fn(params, x), x, y,
+                                                      settings=settings, bounds=(-1.0, 1.0)), x)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+                 jax.grad(by_closure)(params), jax.grad(by_params)(params))
+
+
 def test_vmap_over_hyperparams_and_grad_of_grad():
     kernel = 0.05 * jax.random.normal(jax.random.key(0), (192, 16), jnp.float64)
     params = (kernel, jax.random.normal(jax.random.key(1), (16, 4), jnp.float64))

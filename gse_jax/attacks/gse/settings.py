@@ -94,7 +94,7 @@ def preset(domain: str, targeted: bool) -> tuple[GSESettings, GSEHyperparams]:
         ValueError: for an unknown domain.
     """
     if domain not in PRESETS:
-        raise ValueError(f"domain={domain!r} has no preset for method 'gse'; "
+        raise ValueError(f"domain={domain!r} has no preset; "
                          f"use one of {', '.join(map(repr, PRESETS))}")
     return PRESETS[domain][bool(targeted)]
 

@@ -159,7 +159,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return chosen._replace(
             gradient_evals=before.gradient_evals + after.gradient_evals,
             forward_evals=before.forward_evals + after.forward_evals,
-            tradeoff=state.gse.best_tradeoff)
+            tradeoff=jnp.where(chosen.success, state.gse.best_tradeoff,
+                               jnp.zeros_like(state.gse.best_tradeoff)))
 
     # Every image that is found spends its budget.
     return Algorithm(init, query, loss, step, done, finish,
