@@ -59,6 +59,7 @@ CASES = {
     "wrong order": (dict(params=linear_logits, apply_fn=PARAMS), TypeError, "apply_fn .*order"),
     "model fails": (dict(x=X[:, :9]), ValueError, "apply_fn.* failed"),
     "bounds swapped": (dict(bounds=(1.0, 0.0)), ValueError, "bounds"),
+    "seed beyond 32 bits": (dict(key=2**32 + 1), ValueError, "key must be from 0 to"),
     "bounds scalar": (dict(bounds=1.0), ValueError, "bounds"),
     "method": (dict(method="gze"), ValueError, "method='gze'.*'gse'"),
     "lanes": (dict(lanes=0), ValueError, "lanes"),

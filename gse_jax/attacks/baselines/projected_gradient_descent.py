@@ -5,7 +5,8 @@ All lengths are in the units of images of range width 1.
 References:
     Madry, Makelov, Schmidt, Tsipras, Vladu, Towards deep learning models resistant to adversarial
     attacks, arXiv 1706.06083, section 2.1; github MadryLab/cifar10_challenge (radius 8/255, step
-    2/255, 10 steps; the preset takes the 20 of the paper's evaluation); MadryLab/robustness (l2 steps along the normalised gradient).
+    2/255, 10 steps; the preset takes the 20 of the paper's evaluation); MadryLab/robustness (l2 steps
+    along the normalised gradient).
 
 Differs from the reference:
     An image stops at its first success, and the point after the last step is tested too.
