@@ -162,12 +162,14 @@ def costs(args, network, devices):
         return {int(k): v for k, v in (args.ms or H100_MS).items()}, args.bare_us / 1e3, args.host_ms
     from throughput import Bare
 
-    widths, seen = ((4, 1) if args.smoke else CPU_WIDTHS), collections.defaultdict(list)
+    widths, seen = ((1,) if args.smoke else CPU_WIDTHS), collections.defaultdict(list)
     bare, times = Bare(*network[:3], batches=(4,) if args.smoke else None), []
-    for again in range(2 if args.smoke else 6):
+    for again in range(1 if args.smoke else 6):
         for width in widths:
-            stretches = list(itertools.islice(full_calls(network, width, devices), max(2, 32 // width)))
-            seen[width] += stretches if again else []  # the first time compiles
+            most = 2 if args.smoke else max(2, 32 // width)
+            stretches = list(itertools.islice(full_calls(network, width, devices), most))
+            if again or args.smoke:  # the first time compiles
+                seen[width] += stretches
         times.append(bare())
     ms = {width: float(np.median(found)) for width, found in seen.items()}
     return ms, float(np.median(times)) * 1e3, (0.0, 0.0)
