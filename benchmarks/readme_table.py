@@ -71,6 +71,11 @@ def _microseconds(row):
     return f"{row['bare_us']:.{1 if row['bare_us'] < 100 else 0}f}"
 
 
+def start_gpu():
+    """Seconds before the first result on a GPU."""
+    return _compile_time("compile_time_gpu", "16 images of 32 x 32")
+
+
 def profile():
     """What a call on a GPU consists of."""
     parts = {"model": "model", "update of the images": "update", "schedule": "schedule",
@@ -219,16 +224,25 @@ def scaling(part, more):
 
 def versus():
     """Side by side with PyTorch attacks."""
+    return _versus("versus", "{command}, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
+
+
+def versus_gpu():
+    """The same on a GPU."""
+    return _versus("versus_gpu", "`benchmarks/versus.py --num 128 --batch 128 --repeats 1 --only ...`, 128 CIFAR-10 "
+                                 "images in [0, 1], authors' ResNet-20; theirs / ours")
+
+
+def _versus(name, script):
     both = lambda key, form: lambda r: f"{form(r['theirs_' + key])} / {form(r['ours_' + key])}"
     one, two = "{:.1f}".format, "{:.2f}".format
-    return _table("versus", {
+    return _table(name, {
         "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`",
         "seconds per image": both("seconds_per_image", "{:.3f}".format),
         "ratio (lowest, highest of the pairs)": lambda r: (
             f"{r['ratio']:.1f} ({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})"),
         "our gradients": lambda r: one(r["ours_gradients"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
-        "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)},
-        "{command}, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
+        "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)}, script)
 
 
 def lanes():
@@ -243,7 +257,7 @@ def lanes():
 
 def tail():
     """What the order in the tail brings on an accelerator."""
-    words = {"none": "as they come", "runs": "most runs ahead first (ours)",
+    words = {"none": "as they come", "runs": "most of the search ahead first (ours)",
              "known": "longest first, were they known"}
     return _table("tail_accelerator", {
         "images": lambda r: f"{r['images']:,}", "order": lambda r: words[r["order"]],
@@ -251,7 +265,7 @@ def tail():
             lambda r: " / ".join(str(r["calls"].get(w, 0)) for w in ("64", "256", "1024")),
         "longest image, calls": lambda r: str(r["longest"]),
         "efficiency": lambda r: f"{r['efficiency']:.2f}"},
-        "{command}: runs of 99 CIFAR-10 images replayed at an H100's times")
+        "{command}: runs of 99 CIFAR-10 images replayed at an H200's times")
 
 
 def memory():
@@ -275,10 +289,14 @@ def _memory(name, script):
 
 def compile_time():
     """Seconds before the first result."""
-    return _table("compile_time", {
+    return _compile_time("compile_time", "16 images of 32 x 32 on two CPU devices")
+
+
+def _compile_time(name, images):
+    return _table(name, {
         f"{name}, s": lambda r, name=name: f"{r[name]:.2f}"
         for name in ("import", "first call", "second call", "cached", "all widths")},
-        "`benchmarks/compile_time.py`, ResNet-20, 16 images of 32 x 32 on two CPU devices; `cached` is "
+        f"`benchmarks/compile_time.py`, ResNet-20, {images}; `cached` is "
         "the first call of another process with `gse_jax.use_compilation_cache`; `all widths` is what the "
         "first call of a whole default attack on 24 images takes more than the second")
 
@@ -296,7 +314,8 @@ def main():
     tables = ((README, parity), (README, imagenet), (README, refined), (README, efficiency),
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
-              (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, compile_time))
+              (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
+              (SPEED, compile_time), (SPEED, start_gpu))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
     for page, name, block in blocks:
         text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->",

@@ -7,7 +7,7 @@ First GSE attacks real images and notes after how many model calls each run of e
 ended. Then the engine itself (queues, widths, parking, order) works through `num` images that need
 just those calls, with a model that costs nothing, and its calls are added up at what they cost with
 a real one: measured here for `cpu`, in attacks whose lanes are full; for `gpu`, as one device, what an
-H100 took for a ResNet-20 (`--ms`, `--host-ms` and `--bare-us` for another). So the rules for the tail can
+H200 took for a ResNet-20 (`--ms`, `--host-ms` and `--bare-us` for another). So the rules for the tail can
 be judged in seconds and without an accelerator. What is not replayed: other costs of the host, and the
 machine's moods. Few images are drawn several times, because one long image among them changes everything.
 
@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import results_file
-from gse_jax.attacks import METHODS, Sample, attack_stream, preset, runner
+from gse_jax.attacks import METHODS, Sample, attack_stream, packing, preset, runner
 from gse_jax.attacks.algorithm import Algorithm, Method, Outcome
 
 SIDE = 8  # of the replayed images, whose pixels are the calls; to the engine as small as CIFAR-10's
-H100_MS = {64: 1.60, 256: 4.15, 1024: 14.95}  # of a call, by lanes
-H100_BARE_US = 14.07  # of the bare model per image, at its best
-H100_HOST_MS = (1.0, 8.0)  # after each stretch of calls; to pack the lanes anew
+H200_MS = {64: 1.64, 256: 4.05, 1024: 14.2}  # of a call, by lanes
+H200_BARE_US = 13.1  # of the bare model per image, at its best
+H200_HOST_MS = (3.0, 3.0)  # after each stretch of calls; to pack the lanes anew
 CPU_WIDTHS = (8, 4, 1)
 DRAWN = 200  # images in all draws, at least
 ON_CPU, ON_GPU = [16, 17, 24, 32, 64, 128, 400], [1024, 1100, 1500, 2048, 10_000]
@@ -58,9 +58,14 @@ def recorded(settings, hyperparams, **call):
                      lambda s, logits: gse.loss(s[0], logits), step, lambda s: gse.done(s[0]), finish)
 
 
+def _runs(state):
+    """GSE's own order: by runs done, then by steps into the current one."""
+    over = state.ends <= state.calls
+    return over.sum() * 1000 + state.calls - jnp.max(jnp.where(over, state.ends, 0.0))
+
+
 # What tells how near to its end an image is: GSE's own answer, nothing, or what nobody can know.
-ORDERS = {"runs": lambda states: (states.ends <= states.calls[:, None]).sum(1), "none": None,
-          "known": lambda states: states.calls - states.ends[:, -1]}
+ORDERS = {"runs": _runs, "none": None, "known": lambda state: state.calls - state.ends[-1]}
 
 
 class Replay(NamedTuple):
@@ -110,7 +115,7 @@ def record(settings, network):
 def replay(ends, settings, platform, order):
     """Let the engine work; returns [(lanes per device, calls)] of all stretches, and how often it packed."""
     METHODS["replayed"] = method(functools.partial(replayed, order))
-    made, packed, on_mesh, pack = [], [], runner.on_mesh, runner.pack
+    made, packed, on_mesh, moved = [], [], runner.on_mesh, packing.Tail._moved
 
     def watched(program, mesh, capacity):
         advance = on_mesh(program, mesh, capacity=capacity)
@@ -118,20 +123,20 @@ def replay(ends, settings, platform, order):
         def call(params, hyperparams, key, lanes, *rest):
             width = len(lanes.sample_id) // mesh.size
             result = advance(params, hyperparams, key, lanes, *rest)
-            made.append((width, int(result[3].max())))
+            made.append((width, int(result[4].max())))
             return result
 
         return call
 
-    def watched_pack(*arguments):
+    def watched_moves(*arguments):
         packed.append(1)
-        return pack(*arguments)
+        return moved(*arguments)
 
     x = np.zeros((len(ends), SIDE * SIDE), np.float32)
     x[:, :settings.num_runs] = ends
     x = x.reshape(-1, SIDE, SIDE, 1)
-    own = runner._platform, runner.on_mesh, runner.pack
-    runner._platform, runner.on_mesh, runner.pack = lambda _: platform, watched, watched_pack
+    own = runner._platform
+    runner._platform, runner.on_mesh, packing.Tail._moved = lambda _: platform, watched, watched_moves
     try:
         stretches = attack_stream((), lambda params, x: x.reshape(len(x), -1)[:, :2],
                                   samples(x, np.zeros(len(x), np.int32)), image_shape=x.shape[1:],
@@ -139,7 +144,7 @@ def replay(ends, settings, platform, order):
                                   bounds=(0.0, float(ends.max())))
         assert sum(len(s.sample_ids) for s in stretches) == len(x)
     finally:
-        runner._platform, runner.on_mesh, runner.pack = own
+        runner._platform, runner.on_mesh, packing.Tail._moved = own, on_mesh, moved
     return made, len(packed)
 
 
@@ -159,7 +164,7 @@ def full_calls(network, width, devices):
 def costs(args, network, devices):
     """Return {lanes per device: ms per call}, ms of the bare model per image, and the host's ms."""
     if args.platform == "gpu":
-        return {int(k): v for k, v in (args.ms or H100_MS).items()}, args.bare_us / 1e3, args.host_ms
+        return {int(k): v for k, v in (args.ms or H200_MS).items()}, args.bare_us / 1e3, args.host_ms
     from throughput import Bare
 
     widths, seen = ((1,) if args.smoke else CPU_WIDTHS), collections.defaultdict(list)
@@ -184,9 +189,9 @@ def main():
     arguments.add_argument("--order", choices=ORDERS, nargs="+", default=["runs"],
                            help="who goes first in the tail")
     arguments.add_argument("--ms", type=json.loads, help='JSON, e.g. {"64": 1.6}: lanes to ms per call')
-    arguments.add_argument("--host-ms", type=float, nargs=2, default=H100_HOST_MS,
+    arguments.add_argument("--host-ms", type=float, nargs=2, default=H200_HOST_MS,
                            help="gpu: after a stretch of calls, and to pack")
-    arguments.add_argument("--bare-us", type=float, default=H100_BARE_US, help="gpu: per image")
+    arguments.add_argument("--bare-us", type=float, default=H200_BARE_US, help="gpu: per image")
     args = arguments.parse_args()
     if args.platform == "cpu":
         import gse_jax

@@ -9,7 +9,8 @@ FUNCTION(model, images [N, C, H, W] in [0, 1], labels) -> adversarial images aga
 Both attack the same correctly classified images in [0, 1], both on all cores; theirs in one batch
 of `--batch`. Ours is compiled before; theirs has a first call on one image. Each pair runs
 `--repeats` times in turn, short ones up to ten times, and the ratio is that of the medians. With a
-GPU both are on it, multiplying in float32. A run with `--only` or `--attack` is not written.
+GPU both are on it, multiplying in float32. A run with `--only` or `--attack` is written where `--out` says,
+and nowhere without it.
 """
 
 import functools
@@ -199,7 +200,7 @@ def main():
         rows.append(compare(name, method, changes, theirs, model, (params, apply_fn, x, y), args))
         rows[-1]["torch"] = torch.__version__
         results_file.show(rows[-1])
-    if not (args.only or args.attack):  # the page has all peers
+    if not (args.only or args.attack) or args.out != arguments.get_default("out"):  # the page has all peers
         results_file.write("versus", args, rows)
 
 

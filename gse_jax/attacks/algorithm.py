@@ -81,9 +81,8 @@ class Algorithm(NamedTuple):
             zero: worth it for attacks that spend most evaluations beyond the boundary.
         direction: gradient [H, W, C] -> [H, W, C], what `step` receives in its place; for work on the
             gradient that would be in vain in forward passes. Not finite where the gradient is not.
-        progress: states with a leading axis L -> [L], more for images nearer to their end; None where
-            nothing tells. In the tail the others are worked first. The one function for many images
-            (NumPy arrays, on the host), and no result depends on it.
+        progress: state -> [], more for images nearer to their end; None where nothing tells. In the
+            tail the others are worked first. No result depends on it.
     """
 
     init: Callable[[Sample], Any]
@@ -95,7 +94,7 @@ class Algorithm(NamedTuple):
     wants_gradient: Callable[[Any], jax.Array] | None = None
     hinged: bool = False
     direction: Callable[[jax.Array], jax.Array] | None = None
-    progress: Callable[[Any], np.ndarray] | None = None
+    progress: Callable[[Any], jax.Array] | None = None
 
 
 class Bind(Protocol):

@@ -48,6 +48,20 @@ class Queue(NamedTuple):
     end: jax.Array  # [1] i32
 
 
+class Parked(NamedTuple):
+    """Images half-way that wait for a lane, after those of the queue.
+
+    Attributes:
+        lanes: LanesState with leading axis P.
+        begin: [1] int32; first one not yet taken.
+        end: [1] int32; one past the last.
+    """
+
+    lanes: LanesState  # [P, ...]
+    begin: jax.Array  # [1] i32
+    end: jax.Array  # [1] i32
+
+
 class Finished(NamedTuple):
     """What is done.
 
@@ -64,7 +78,7 @@ class Finished(NamedTuple):
 
 class _Carry(NamedTuple):
     lanes: LanesState
-    queue: Queue
+    taken: list[jax.Array]  # `begin` of the queue and of what is parked
     finished: Finished
     iteration: jax.Array  # [] i32
 
@@ -168,18 +182,32 @@ def _gradients_where(needed, evaluate_fn, states, saved):
     return while_loop(lambda carry: jnp.any(carry[0]), take, (needed, zeros))[1]
 
 
-def _in_step(algorithm: Algorithm, lanes, queue, at_work):
-    """Whether all lanes at work ask for the same kind of evaluation as a new image would."""
+def _at(states, place):
+    return jax.tree.map(lambda a: jnp.take(a, place, 0, mode="clip"), states)
+
+
+def _in_step(algorithm: Algorithm, lanes, state, at_work):
+    """Whether all lanes at work ask for the same kind of evaluation as an image in this state."""
     if algorithm.wants_gradient is None or algorithm.hinged:
         return True
-    first = jax.tree.map(lambda a: a[0], queue.samples)
-    fresh = algorithm.wants_gradient(algorithm.init(first))
-    return jnp.all(~at_work | (jax.vmap(algorithm.wants_gradient)(lanes.attack) == fresh))
+    wants = algorithm.wants_gradient(state)
+    return jnp.all(~at_work | (jax.vmap(algorithm.wants_gradient)(lanes.attack) == wants))
 
 
-def _exchange(algorithm: Algorithm, lanes, queue, finished):
-    """Store what is finished and give idle lanes the next samples."""
-    capacity, waiting = finished.sample_id.shape[0], queue.samples.sample_id.shape[0]
+def _waiting(algorithm: Algorithm, lanes, taken, queue, parked, at_work):
+    """How many images may be loaded now, [1] int32: from the queue, and parked ones."""
+    def of(begin, end, state):
+        return jnp.where(_in_step(algorithm, lanes, state, at_work), jnp.maximum(end - begin, 0), 0)
+
+    fresh = of(taken[0], queue.end, algorithm.init(_at(queue.samples, 0)))
+    if parked is None:
+        return fresh, jnp.zeros(1, jnp.int32)
+    return fresh, of(taken[1], parked.end, _at(parked.lanes.attack, taken[1][0]))
+
+
+def _exchange(algorithm: Algorithm, lanes, taken, finished, queue, parked):
+    """Store what is finished and give idle lanes the next images."""
+    capacity = finished.sample_id.shape[0]
     occupied = lanes.sample_id != NO_SAMPLE
     over = occupied & jax.vmap(algorithm.done)(lanes.attack)
     idle = ~occupied | over
@@ -192,51 +220,57 @@ def _exchange(algorithm: Algorithm, lanes, queue, finished):
         finished.sample_id.at[row].set(lanes.sample_id, mode="drop"),
         finished.count + jnp.sum(over, dtype=jnp.int32),
     )
-    place = queue.begin + jnp.cumsum(idle, dtype=jnp.int32) - 1
-    load = idle & (place < queue.end) & _in_step(algorithm, lanes, queue, occupied & ~over)
-    taken = jax.tree.map(lambda a: a[jnp.clip(place, 0, waiting - 1)], queue.samples)
-    fresh = jax.vmap(algorithm.init)(taken)
-
-    # An idle lane without a sample to load holds some sample's initial state, so that what it
+    fresh, halfway = _waiting(algorithm, lanes, taken, queue, parked, occupied & ~over)
+    rank = jnp.cumsum(idle, dtype=jnp.int32) - 1
+    sample = _at(queue.samples, taken[0] + rank)
+    # An idle lane without an image to load holds some image's initial state, so that what it
     # computes in vain stays finite.
-    def select(new, old):
-        return jnp.where(idle.reshape(idle.shape + (1,) * (new.ndim - 1)), new, old)
+    next_lanes = LanesState(jax.vmap(algorithm.init)(sample),
+                            jnp.where(rank < fresh, sample.sample_id, NO_SAMPLE))
+    if parked is not None:
+        resumed = (rank >= fresh) & (rank < fresh + halfway)
+        next_lanes = _select(resumed, _at(parked.lanes, taken[1] + rank - fresh), next_lanes)
+    lanes = _select(idle, next_lanes, lanes)
+    count = jnp.sum(idle, dtype=jnp.int32)
+    begin = [taken[0] + jnp.minimum(count, fresh), *taken[1:]]
+    if parked is not None:
+        begin[1] += jnp.clip(count - fresh, 0, halfway)
+    return lanes, begin, finished
 
-    lanes = LanesState(
-        jax.tree.map(select, fresh, lanes.attack),
-        jnp.where(load, taken.sample_id, jnp.where(over, NO_SAMPLE, lanes.sample_id)),
-    )
-    begin = queue.begin + jnp.sum(load, dtype=jnp.int32)
-    return lanes, Queue(queue.samples, begin, queue.end), finished
+
+def _select(condition, new, old):
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b), new, old)
 
 
-def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *, capacity: int,
-          max_iterations=None, loop=while_loop):
-    """Work until the queue is drained and every lane idle, or `max_iterations` are done.
+def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
+          parked: Parked | None = None, *, capacity: int, max_iterations=None, loop=while_loop):
+    """Work until nothing waits and every lane is idle, or `max_iterations` are done.
 
     Args:
         algorithm: the attack.
         evaluate_fn: (states, saved=None) -> (Evaluation, saved), see `evaluate`.
         lanes: L lanes, idle or half-way through an image.
         queue: what waits; padding places must hold valid images.
-        capacity: F >= L + Q, places for outcomes.
+        parked: images half-way that wait; None for none.
+        capacity: F, places for outcomes; at least the images at hand, or those that can finish in
+            `max_iterations`.
         max_iterations: [] int32 model calls at most; None for no bound.
         loop: a driver of `loops.py`.
 
     Returns:
-        (lanes, queue, finished, model_calls [1] int32); calling again with the first two goes on
-        exactly where this call stopped.
+        (lanes, queue, parked, finished, model_calls [1] int32); calling again with the first three
+        goes on exactly where this call stopped.
     """
 
-    def exchange(lanes, queue, finished):
+    def exchange(lanes, taken, finished, parked=parked):
         occupied = lanes.sample_id != NO_SAMPLE
         over = occupied & jax.vmap(algorithm.done)(lanes.attack)
-        waiting = jnp.any(~occupied) & (queue.begin[0] < queue.end[0])
-        waiting &= _in_step(algorithm, lanes, queue, occupied & ~over)
-        needed = jnp.any(over) | waiting
+        waiting = sum(_waiting(algorithm, lanes, taken, queue, parked, occupied & ~over))[0] > 0
+        needed = jnp.any(over) | (jnp.any(~occupied) & waiting)
         # Most iterations finish nothing; the stores and loads are then skipped altogether.
-        return lax.cond(needed, lambda *a: _exchange(algorithm, *a), lambda *a: a,
-                        lanes, queue, finished)
+        return lax.cond(needed, lambda *a: _exchange(algorithm, *a, queue, parked), lambda *a: a,
+                        lanes, taken, finished)
 
     def keep_going(carry):
         more = jnp.any(carry.lanes.sample_id != NO_SAMPLE)
@@ -268,10 +302,13 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue, *,
             stepped = jax.vmap(algorithm.step)(carry.lanes.attack, evaluation)
         lanes = LanesState(stepped, carry.lanes.sample_id)
         with jax.named_scope("schedule"):
-            exchanged = exchange(lanes, carry.queue, carry.finished)
+            exchanged = exchange(lanes, carry.taken, carry.finished)
         return _Carry(*exchanged, carry.iteration + 1)
 
+    taken = [queue.begin] if parked is None else [queue.begin, parked.begin]
     finished = _empty_finished(algorithm, lanes, capacity)
-    carry = _Carry(*exchange(lanes, queue, finished), jnp.zeros((), jnp.int32))
+    carry = _Carry(*exchange(lanes, taken, finished, None), jnp.zeros((), jnp.int32))
     carry = loop(keep_going, body, carry)
-    return carry.lanes, carry.queue, carry.finished, carry.iteration[None]
+    queue = queue._replace(begin=carry.taken[0])
+    parked = None if parked is None else parked._replace(begin=carry.taken[1])
+    return carry.lanes, queue, parked, carry.finished, carry.iteration[None]

@@ -1,37 +1,44 @@
-"""The tail: when no image waits any more, keep the lanes full with the images that are left.
+"""The tail: when hardly an image waits any more, keep the lanes full with those that are left.
 
 A fixed number of lanes would idle until the slowest image is done. Instead the unfinished images are
-worked in fewer lanes while the others are parked on the host, half-way; a parked one takes the next
-lane that falls free, and all are spread evenly over the devices. That keeps lanes busy at few widths,
-so at few compilations: on CPU, where a call costs what its lanes cost, one lane (8 first, if there were
-more); on an accelerator, whose narrow calls hardly cost less than wider ones, a fourth and a sixteenth of
-the default.
-Images that have most of their work ahead go first, as far as the attack can tell: a long one that
-waits makes the tail longer.
+worked in fewer lanes while the others are parked half-way, on the device: a lane that falls free takes
+the next of them at once. Every few calls those that have most of their work ahead, as far as the attack
+can tell, change places with those that have less: a long image that waits makes the tail longer. That
+keeps lanes busy at few widths, so at few compilations: on CPU, where a call costs what its lanes cost,
+one lane (8 first, if there were more); on an accelerator, whose narrow calls hardly cost less than wider
+ones, a fourth and a sixteenth of the default.
 
-`benchmarks/tail.py` replays the runs of 99 real images through the engine, at what the calls cost. With
-an H100's times (1.60, 4.15 and 14.95 ms for 64, 256 and 1,024 lanes of a ResNet-20) the model works at
-64 % of its best throughput for 1,024 images, 71 % for 1,500 and 87 % for 10,000; without the order at 60,
-64 and 86 % (measured on an H200 without it, and narrower only where half of the lanes idle: 61 % for
-1,024 and 83 % for 10,000). Were it known how long each image takes, and the longest begun first, it would
-be at 78, 77 and 91 %.
+`benchmarks/tail.py` replays the runs of real images through the engine, at what the calls cost.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.algorithm import NO_SAMPLE
-from gse_jax.attacks.lanes import LanesState
+from gse_jax.attacks.lanes import LanesState, Parked, idle_lanes
+from gse_jax.attacks.program import under
 
 # An image of a ResNet-20 costs 5 % more in a call of 4 than in one of 8 to 24, and 20 to 50 % more alone.
 CPU_WIDTH = 8
 CPU_WIDTH_FOR_FEW = 4  # keeps the lanes of fewer images full for longer
 _STEP_ON_ACCELERATORS = 4  # each narrower width is a compilation
-FULL_ENOUGH = 0.75  # of an accelerator's lanes; below, a narrower call with images parked costs less
+# Of an accelerator's lanes; below, a narrower call with images parked costs less.
+FULL_ENOUGH = 0.95
+_CALLS_OF_A_TURN = 32  # model calls, after which images that have more ahead take the lanes
+FULL_AT_FIRST = 0.85  # of lanes that all images begin in together, where a narrower one takes turns
+
+
+def parked_places(width: int) -> int:
+    """Return how many images one device can park beside `width` lanes; enough for every narrowing."""
+    return max(CPU_WIDTH, (_STEP_ON_ACCELERATORS - 1) * width)
 
 
 def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
-               narrowest: int = 1) -> int:
+               narrowest: int = 1, full: float = FULL_ENOUGH) -> int:
     """Return how many lanes per device the tail takes.
 
     Args:
@@ -40,67 +47,176 @@ def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
         num_devices: D.
         platform: "cpu", "gpu" or "tpu".
         narrowest: lanes per device below which an accelerator's call costs the same.
+        full: part of an accelerator's lanes below which they are too many.
 
     Returns:
-        At most `width`.
+        At most `width`; the others of the unfinished can be parked.
     """
     share = -(-unfinished // num_devices)
     if platform == "cpu":
         if share >= width or width < CPU_WIDTH_FOR_FEW:  # whoever asked for so few lanes compiles one program
             return width
-        return CPU_WIDTH if share >= CPU_WIDTH else 1
-    while share <= FULL_ENOUGH * width and width // _STEP_ON_ACCELERATORS >= narrowest:
+        narrow = CPU_WIDTH if share >= CPU_WIDTH else 1
+        return narrow if share <= narrow + parked_places(narrow) else width
+    while share <= full * width and width // _STEP_ON_ACCELERATORS >= narrowest:
         width //= _STEP_ON_ACCELERATORS
     return width
 
 
-def lanes_to_fill(sample_id, parked: LanesState | None, num_devices: int, least: int = 1) -> bool:
-    """Tell whether an idle lane could work on a parked image, or on one of another device.
+class Places(NamedTuple):
+    """Where the unfinished images go.
+
+    Attributes:
+        lanes: [D, L] int64, which row of lanes and parked images, one after the other, goes into
+            each lane; -1 where it idles.
+        parked: [D, P] int64, likewise for those that are parked, in order from the left.
+        swaps: images that leave a lane for another image.
+    """
+
+    lanes: np.ndarray
+    parked: np.ndarray
+    swaps: int
+
+
+def place(occupied, parked, progress, room, width: int) -> Places:
+    """Deal unfinished images to lanes and parking places, those with the least progress first.
 
     Args:
-        sample_id: [L] int32 of the lanes, L / D per device.
-        parked: what `pack` returned; None for nothing.
-        num_devices: D.
-        least: lanes that must gain, unless fewer images than that are parked.
+        occupied: [D, L_old] bool, lanes with an image.
+        parked: [D, P_old] bool, places with an image that no lane has taken.
+        progress: [D * (L_old + P_old)], of lanes and then of places; see `Algorithm`.
+        room: [D] lanes of each device to fill; the rest is left to its queue.
+        width: L, lanes per device from now on.
 
     Returns:
-        Whether to `pack` again.
+        Places; images of equal progress stay in the order of lanes, parked ones after them.
     """
-    occupied = (np.asarray(sample_id) != NO_SAMPLE).reshape(num_devices, -1)
-    left = occupied.sum(1)
-    waiting = 0 if parked is None else len(parked.sample_id)
-    idle = occupied.size - left.sum()
-    return bool((waiting and idle >= min(least, waiting, occupied.size)) or left.max() - left.min() > least)
+    num_devices = len(occupied)
+    in_lane = np.flatnonzero(occupied)
+    # The first of every device, then the second: as they were dealt.
+    waiting = np.arange(parked.size).reshape(parked.shape).T[parked.T] + occupied.size
+    images = np.concatenate([in_lane, waiting])
+    images = images[np.argsort(np.asarray(progress)[images], kind="stable")]
+    depth, device = np.nonzero(np.arange(width)[:, None] < np.asarray(room)[None, :])
+    number = min(len(images), len(depth))
+    lanes = np.full((num_devices, width), -1)
+    lanes[device[:number], depth[:number]] = images[:number]
+    rest = images[number:]
+    places = np.full((num_devices, parked_places(width)), -1)
+    count = np.arange(len(rest))
+    places[count % num_devices, count // num_devices] = rest
+    return Places(lanes, places, int((rest < occupied.size).sum()))
 
 
-def pack(lanes: LanesState, parked: LanesState | None, width: int, num_devices: int,
-         progress=None) -> tuple[LanesState, LanesState]:
-    """Fill `width` lanes per device with unfinished images, evenly, and park the rest.
+def pack(xp, lanes: LanesState, parked: LanesState, sources) -> tuple[LanesState, ...]:
+    """Move images to where `place` wants them.
 
     Args:
-        lanes: the lanes of all devices; at least one is occupied.
-        parked: what the last call returned; None for nothing.
-        width: lanes per device from now on.
-        num_devices: D.
-        progress: see `Algorithm`; None for no preference.
+        xp: numpy or jax.numpy.
+        lanes: [D * L_old, ...] the lanes of all devices.
+        parked: [D * P_old, ...] what was parked.
+        sources: `Places.lanes` and `Places.parked`.
 
     Returns:
-        (lanes [D * width, ...], parked [P, ...]) of NumPy arrays. Images with the least progress come
-        first, in a lane or parked; equal ones keep their order, parked ones after those in a lane.
+        (lanes [D * L, ...], parked [D * P, ...]).
     """
-    everything = jax.device_get(lanes)  # all arrays at once
-    if parked is not None:
-        everything = jax.tree.map(lambda *a: np.concatenate(a), everything, parked)
-    unfinished = np.flatnonzero(everything.sample_id != NO_SAMPLE)
-    if progress is not None:
-        order = np.argsort(progress(everything.attack)[unfinished], kind="stable")
-        unfinished = unfinished[order]
-    chosen, rest = np.split(unfinished, [min(len(unfinished), width * num_devices)])
-    source = np.full((num_devices, width), -1)
-    for place, lane in enumerate(chosen):
-        source[place % num_devices, place // num_devices] = lane
-    source = source.reshape(-1)
-    # Idle lanes repeat an occupied one, whose state is finite.
-    packed = jax.tree.map(lambda a: a[np.where(source >= 0, source, unfinished[0])], everything)
-    ids = np.where(source >= 0, packed.sample_id, NO_SAMPLE).astype(np.int32)
-    return packed._replace(sample_id=ids), jax.tree.map(lambda a: a[rest], everything)
+    everything = jax.tree.map(lambda a, b: xp.concatenate([a, b]), lanes, parked)
+    # Places without an image repeat one, whose state is finite: what they compute in vain stays so.
+    some = xp.maximum(*(source.max() for source in sources))
+
+    def moved(source):
+        source = source.reshape(-1)
+        rows = xp.where(source >= 0, source, some)
+        packed = jax.tree.map(lambda a: a[rows], everything)
+        return packed._replace(sample_id=xp.where(source >= 0, packed.sample_id, NO_SAMPLE))
+
+    return tuple(map(moved, sources))
+
+
+def put_idle(algorithm, sample, width: int, sharding, platform: str) -> LanesState:
+    """Return `width` idle lanes per device, on the devices."""
+    lanes = idle_lanes(algorithm, sample, width * sharding.num_devices)  # zeros that nobody has touched yet
+    if platform == "cpu":
+        return jax.device_put(lanes, sharding)
+    leaves, tree = jax.tree.flatten(lanes)  # hundreds of megabytes, not to be sent
+    with under(sharding.mesh):
+        zeros = _zeros(tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves), sharding)
+    lanes = jax.tree.unflatten(tree, zeros)
+    return lanes._replace(sample_id=jax.device_put(np.full(lanes.sample_id.shape, NO_SAMPLE, np.int32), sharding))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shapes, sharding):
+    return jax.lax.with_sharding_constraint([jnp.zeros(a.shape, a.dtype) for a in shapes], sharding)
+
+
+class Tail:
+    """What is parked while the last images are worked on, and when they change places."""
+
+    def __init__(self, algorithm, sample, width, platform, narrowest, sharding):
+        self._ordered = algorithm.progress is not None
+        self._platform, self._narrowest = platform, narrowest
+        self._sharding, self._devices = sharding, sharding.num_devices
+        none = np.zeros(self._devices, np.int32)
+        self.parked = Parked(put_idle(algorithm, sample, parked_places(width), sharding, platform),
+                             *jax.device_put((none, none), sharding))
+        self._end, self._progress = none, np.zeros((self._devices, parked_places(width)))
+        self._begun = self._sweeps = False
+        self._calls = 0  # since images changed places
+
+    def pack(self, state, progress, begin, waiting, width, calls):
+        """Move images between lanes and parking places, if it is time.
+
+        Args:
+            state: LanesState of all devices.
+            progress: [D * L] of the images in the lanes.
+            begin: [D] first parked image of each device that no lane has taken.
+            waiting: [D] images in the queues; there will be no more.
+            width: L, lanes per device now.
+            calls: model calls since the last look.
+
+        Returns:
+            (state, lanes per device) for the next stretch.
+        """
+        occupied = (np.asarray(state.sample_id) != NO_SAMPLE).reshape(self._devices, width)
+        count = np.arange(parked_places(width))
+        parked = (count >= begin[:, None]) & (count < self._end[:, None])
+        load = occupied.sum(1) + parked.sum(1) + waiting
+        self._calls += calls
+        self._begun |= load.sum() <= (width + len(count)) * self._devices
+        if not self._begun:
+            return state, width
+        narrow = width if waiting.any() else tail_width(
+            int(load.sum()), width, self._devices, self._platform, self._narrowest)
+        progress = np.concatenate([progress, self._progress.ravel()])
+        # An image in a queue has more ahead than any other.
+        room = narrow - np.minimum(waiting, narrow) if self._ordered else np.full(self._devices, narrow)
+        places = place(occupied, parked, progress, room, narrow)
+        # On an accelerator in turns only until all have begun: after that it gains nothing there.
+        in_turns = self._platform == "cpu" or self._sweeps or waiting.any()
+        turn = in_turns and self._calls >= _CALLS_OF_A_TURN and places.swaps > 0
+        # The states of an accelerator's lanes are megabytes: not for a few of them.
+        least = 1 if self._platform == "cpu" else max(1, width // 8)
+        uneven = load.min() < width and load.max() - load.min() > least
+        if narrow == width and not turn and not uneven:
+            return state, width
+        self._calls, self._sweeps = 0, waiting.any()
+        self._progress = progress[places.parked]
+        self._end = (places.parked >= 0).sum(1).astype(np.int32)
+        state, lanes = self._moved(state, places)
+        self.parked = Parked(lanes, *jax.device_put((np.zeros_like(self._end), self._end), self._sharding))
+        return state, narrow
+
+    def _moved(self, state, places):
+        both = state, self.parked.lanes
+        if self._platform == "cpu":
+            moved = pack(np, *jax.device_get(both), places[:2])
+            return jax.device_put(moved, self._sharding)
+        with under(self._sharding.mesh):
+            return _packed(*both, places[:2], self._sharding)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _packed(lanes, parked, sources, sharding):
+    """On an accelerator: the states stay there."""
+    return jax.lax.with_sharding_constraint(pack(jnp, lanes, parked, sources), sharding)

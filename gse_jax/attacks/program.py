@@ -58,8 +58,8 @@ class Program:
         return self.bind(self.settings, hyperparams, targeted=self.targeted, bounds=self.bounds,
                          key=key)
 
-    def drain(self, params, hyperparams, key, lanes, queue, *, capacity, max_iterations=None,
-              loop=while_loop):
+    def drain(self, params, hyperparams, key, lanes, queue, parked=None, *, capacity,
+              max_iterations=None, loop=while_loop):
         """Run `lanes.drain` for this attack and model; see there."""
         algorithm = self.algorithm(hyperparams, key)
 
@@ -72,7 +72,7 @@ class Program:
             from gse_jax.attacks.convolutions import canonical_convolutions
 
             evaluate_fn = canonical_convolutions(evaluate_fn)
-        return drain(algorithm, functools.partial(evaluate_fn, params), lanes, queue,
+        return drain(algorithm, functools.partial(evaluate_fn, params), lanes, queue, parked,
                      capacity=capacity, max_iterations=max_iterations, loop=loop)
 
 
@@ -151,20 +151,20 @@ class _InGraphs:
         self._in_graphs, self._plain = in_graphs, plain
         self._chosen = None
 
-    def __call__(self, params, hyperparams, key, lanes, queue, max_iterations):
+    def __call__(self, params, hyperparams, key, lanes, *rest):
         if self._chosen is None:
             copy = jax.tree.map(jnp.copy, lanes)  # donated, and gone if this fails
             try:
                 result = jax.block_until_ready(
-                    self._in_graphs(params, hyperparams, key, copy, queue, max_iterations))
+                    self._in_graphs(params, hyperparams, key, copy, *rest))
                 self._chosen = self._in_graphs
                 return result
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     self._chosen = self._plain
                     _LOGGER.info("convolutions stay outside of CUDA graphs: %s", error)
-                return self._plain(params, hyperparams, key, lanes, queue, max_iterations)
-        return self._chosen(params, hyperparams, key, lanes, queue, max_iterations)
+                return self._plain(params, hyperparams, key, lanes, *rest)
+        return self._chosen(params, hyperparams, key, lanes, *rest)
 
 
 @functools.lru_cache(maxsize=32)
@@ -179,19 +179,24 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
         capacity: places for outcomes per device.
 
     Returns:
-        (params, hyperparams, key, lanes, queue, max_iterations) -> (lanes, queue, finished,
-        model_calls); lanes, queue and results are split over devices along axis 0, the rest is
-        replicated. `lanes` is donated.
+        (params, hyperparams, key, lanes, queue, parked, max_iterations) -> (lanes, `begin` of the
+        queue, `begin` of what is parked, finished, model_calls, progress [L]); lanes, queue, parked
+        and results are split over devices along axis 0, the rest is replicated. `lanes` is donated.
     """
 
-    def local(params, hyperparams, key, lanes, queue, max_iterations):
-        return program.drain(params, hyperparams, key, lanes, queue, capacity=capacity,
-                             max_iterations=max_iterations)
+    def local(params, hyperparams, key, lanes, queue, parked, max_iterations):
+        lanes, queue, parked, finished, calls = program.drain(
+            params, hyperparams, key, lanes, queue, parked, capacity=capacity,
+            max_iterations=max_iterations)
+        progress = program.algorithm(hyperparams, key).progress
+        progress = (jnp.zeros(lanes.sample_id.shape) if progress is None
+                    else jax.vmap(progress)(lanes.attack))
+        return lanes, queue.begin, parked.begin, finished, calls, progress
 
     # jit inside: constants of the model would else become arguments of the map, and with one that has
     # no elements (such as the index of `.at[2:4]`) JAX 0.11 dies while it compiles for two devices.
     # check_vma=False: the caller's model may hold scans whose initial carry does not vary.
-    spread = jax.shard_map(jax.jit(local), mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+    spread = jax.shard_map(jax.jit(local), mesh=mesh, in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P(AXIS), P()),
                            out_specs=P(AXIS), check_vma=False)
     # Without out_shardings XLA calls arrays of no elements replicated, and the next call, whose
     # input is this output, would compile everything once more.
@@ -218,7 +223,7 @@ def in_graph(program: Program, num_lanes: int):
         one = jax.tree.map(lambda a: a[0], samples)
         lanes = idle_lanes(program.algorithm(hyperparams, key), one, num_lanes)
         queue = Queue(samples, np.zeros(1, np.int32), np.full(1, count, np.int32))
-        _, _, finished, _ = program.drain(params, hyperparams, key, lanes, queue, capacity=count)
+        _, _, _, finished, _ = program.drain(params, hyperparams, key, lanes, queue, capacity=count)
         return jax.tree.map(lambda a: a.at[finished.sample_id].set(a), finished.outcome)
 
     return jax.jit(run)
@@ -246,3 +251,8 @@ def split(mesh) -> NamedSharding:
 def replicate(mesh) -> NamedSharding:
     """Return the sharding of arrays that every device of the mesh holds whole."""
     return NamedSharding(mesh, P())
+
+
+def under(mesh):
+    """Set our mesh in place of the caller's, if there is one; JAX refuses to under eager `jax.grad`."""
+    return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh)

@@ -2,13 +2,12 @@
 
 The device program (`lanes.drain`) works for a bounded number of model calls and returns. Between
 two calls the host stores what is finished, deals the waiting images out to the devices again, and
-in the tail, when no image waits, packs the unfinished ones into fewer lanes (`packing.py`). The images
+in the tail packs the unfinished ones into fewer lanes (`packing.py`). The images
 wait in host memory, so device memory does not grow with their number. An accelerator's outcomes are
 copied while its next stretch works. Nothing here depends on time, so a run repeats itself, but for the
 rounding of a GPU's kernels.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -17,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
-from gse_jax.attacks.lanes import Queue, idle_lanes
+from gse_jax.attacks.algorithm import Outcome, Sample
+from gse_jax.attacks.lanes import Queue
 from gse_jax.attacks.packing import (
     CPU_WIDTH,
     CPU_WIDTH_FOR_FEW,
-    FULL_ENOUGH,
-    lanes_to_fill,
-    pack,
+    FULL_AT_FIRST,
+    Tail,
+    put_idle,
     tail_width,
 )
-from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split
+from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split, under
 from gse_jax.devices import hint_at_idle_cores
 
 
@@ -52,9 +51,8 @@ class Progress(NamedTuple):
     lane_evals: int
 
 
-# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. In the tail, where
-# a lane that falls free waits for the host, there are fewer on CPU; an accelerator would wait more for
-# the states to go to and fro.
+# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. In the tail a CPU, to
+# which a look costs nothing, has fewer.
 _CALLS = 32
 _CALLS_IN_TAIL = 8
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
@@ -115,8 +113,8 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
             width = tail_width(num_images, CPU_WIDTH_FOR_FEW, len(devices), "cpu")
         elif platform != "cpu" and share <= width:
             # Fewer than they are, so that images wait: lanes stay full for longer.
-            width = tail_width(int(np.ceil(FULL_ENOUGH * num_images)), width, len(devices), platform,
-                               _narrowest(devices, image_shape))
+            width = tail_width(num_images, width, len(devices), platform,
+                               _narrowest(devices, image_shape), FULL_AT_FIRST)
         # A power of two, so that attacks on 40 and on 60 images share one program.
         width = min(width, 1 << (share - 1).bit_length())
     return devices, width
@@ -125,12 +123,12 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
 class _Dealer:
     """Deals waiting samples to the queues of the devices, evenly, and takes back what is left."""
 
-    def __init__(self, batches: Iterator[Sample], num_devices: int, sharding):
+    def __init__(self, batches: Iterator[Sample], sharding, platform):
         self._batches = batches
-        self._devices = num_devices
-        self._sharding = sharding
+        self._devices = sharding.num_devices
+        self._sharding, self._platform = sharding, platform
         self.stock: list[Sample] = []  # single samples, views into the batches
-        self._dealt: list[list[Sample]] = [[] for _ in range(num_devices)]
+        self._dealt: list[list[Sample]] = [[] for _ in range(self._devices)]
         self._padding: Sample | None = None
 
     def fill(self, count: int) -> None:
@@ -142,9 +140,9 @@ class _Dealer:
             self.stock += [Sample(*(None if a is None else a[i] for a in batch))
                            for i in range(len(batch.sample_id))]
 
-    def waiting(self, begin) -> list[int]:
+    def waiting(self, begin) -> np.ndarray:
         """Return how many dealt samples no lane has taken yet, per device."""
-        return [len(dealt) - int(b) for dealt, b in zip(self._dealt, begin)]
+        return np.asarray([len(dealt) - int(b) for dealt, b in zip(self._dealt, begin)])
 
     def deal(self, begin, places: int) -> tuple[Queue, int]:
         """Return new queues of `places` per device, and the number of samples fresh from stock."""
@@ -156,28 +154,29 @@ class _Dealer:
         self._dealt = [waiting[d::self._devices] for d in range(self._devices)]
         # Padding repeats some image: what idle lanes compute in vain stays finite.
         self._padding = waiting[0] if waiting else self._padding
-        rows = [s for dealt in self._dealt
-                for s in dealt + [self._padding] * (places - len(dealt))]
+        ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
+        # A thousand lanes have room for megabytes more than the images of most attacks: an accelerator
+        # repeats the last row itself.
+        sent = places if self._platform == "cpu" else min(places, 1 << int(ends.max()).bit_length())
+        rows = [s for dealt in self._dealt for s in dealt + [self._padding] * (sent - len(dealt))]
         samples = Sample(*(None if column[0] is None else np.stack(column)
                            for column in zip(*rows)))
-        ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
-        queue = Queue(samples, np.zeros_like(ends), ends)
-        return jax.device_put(queue, self._sharding), len(fresh)
+        samples, begin, ends = jax.device_put((samples, np.zeros_like(ends), ends), self._sharding)
+        if sent < places:
+            with under(self._sharding.mesh):
+                samples = _first(samples, self._sharding, places)
+        return Queue(samples, begin, ends), len(fresh)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _first(arrays, sharding, length: int):
-    """Return the first `length` rows of every device's share."""
+    """Return the first `length` rows of every device's share; the last one again where there are fewer."""
     def first(array):
-        shares = array.reshape(sharding.num_devices, -1, *array.shape[1:])[:, :length]
+        shares = array.reshape(sharding.num_devices, -1, *array.shape[1:])
+        shares = shares[:, jnp.minimum(jnp.arange(length), shares.shape[1] - 1)]
         return jax.lax.with_sharding_constraint(shares.reshape(-1, *array.shape[1:]), sharding)
 
     return jax.tree.map(first, arrays)
-
-
-def _under(mesh):
-    """Our mesh in place of the caller's, if there is one; JAX refuses to set one under eager `jax.grad`."""
-    return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh)
 
 
 def _begin_copy(written, counts, sharding):
@@ -186,7 +185,7 @@ def _begin_copy(written, counts, sharding):
     while length < counts.max():  # few lengths, because each is a compilation
         length *= 4
     if length < places:  # all of them are megabytes
-        with _under(sharding.mesh):
+        with under(sharding.mesh):
             written = _first(written, sharding, length)
     for array in jax.tree.leaves(written):
         array.copy_to_host_async()
@@ -231,20 +230,24 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
     per_lane = min(_QUEUE_PER_LANE, int(calls))
     params, hyperparams, key, calls, calls_in_tail = jax.device_put(
         (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
-    dealer = _Dealer(iter(batches), len(devices), sharding)
+    dealer = _Dealer(iter(batches), sharding, platform)
     dealer.fill(1)
     if not dealer.stock:
         return
     algorithm = program.algorithm(hyperparams, key)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
-    state = jax.device_put(idle_lanes(algorithm, one, width * len(devices)), sharding)
+    state = put_idle(algorithm, one, width, sharding, platform)
     queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
-    parked = None  # images of the tail that wait, half-way, for a lane
+    rest = Tail(algorithm, one, width, platform, narrowest, sharding)
     while unfinished:
         advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
-        with _under(mesh):
-            state, queue, finished, made = advance(params, hyperparams, key, state, queue, calls)
-        counts, begin, made = jax.device_get((finished.count, queue.begin, made))
+        with under(mesh):
+            state, begin, parked_begin, finished, made, progress = advance(
+                params, hyperparams, key, state, queue, rest.parked, calls)
+        queue = queue._replace(begin=begin)
+        rest.parked = rest.parked._replace(begin=parked_begin)
+        counts, begin, parked_begin, made, progress = jax.device_get(
+            (finished.count, begin, parked_begin, made, progress))
         unfinished -= int(counts.sum())
         written = finished.sample_id, finished.outcome
         written = written if platform == "cpu" else _begin_copy(written, counts, sharding)
@@ -256,20 +259,15 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
         if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
             queue, fresh = dealer.deal(begin, per_lane * width)
             unfinished += fresh
-        elif unfinished and not sum(waiting):
-            narrow = tail_width(unfinished, width, len(devices), platform, narrowest)
+        elif unfinished and low:
             calls = calls_in_tail
-            # The states of an accelerator's lanes are megabytes: not for a few of them.
-            least = 1 if platform == "cpu" else max(1, width // 8)
-            if narrow < width or lanes_to_fill(state.sample_id, parked, len(devices), least):
-                state, parked = pack(state, parked, narrow, len(devices), algorithm.progress)
-                state = jax.device_put(state, sharding)
-                if narrow < width:
-                    width = narrow
-                    # As many places of the empty queue as this width wants.
-                    with _under(mesh):
-                        samples = _first(queue.samples, sharding, per_lane * width)
-                    queue = queue._replace(samples=samples)
+            state, narrow = rest.pack(state, progress, parked_begin, waiting, width, int(made.max()))
+            if narrow < width:
+                width = narrow
+                # As many places of the empty queue as this width wants.
+                with under(mesh):
+                    samples = _first(queue.samples, sharding, per_lane * width)
+                queue = queue._replace(samples=samples)
 
 
 def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample], *,

@@ -11,12 +11,12 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import METHODS, api, attack_stream, program, runner
+from gse_jax.attacks import METHODS, api, attack_stream, packing, program, runner
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
-from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
+from gse_jax.attacks.lanes import Parked, Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
 from tests.toy_model import failing_at, golden, linear_logits, toy
 
@@ -68,7 +68,7 @@ def test_a_long_queue_equals_single_images(expected):
         return apply_fn(params, images)
 
     result = ATTACK(params, seen, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat), lanes=64)
-    assert {16, 8, 1} <= widths  # the tail is worked in fewer lanes
+    assert {16, 8} <= widths  # the tail is worked in fewer lanes
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
 
 
@@ -134,15 +134,46 @@ def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     params, apply_fn, x, y = toy()
     seen = []
 
-    def noted(*arguments, pack=runner.pack):
-        lanes, parked = pack(*arguments)
-        seen.append((lanes.attack.search.run[lanes.sample_id >= 0], parked.attack.search.run))
+    def ahead(lanes):
+        there = lanes.sample_id >= 0
+        runs, steps = lanes.attack.search.run[there], lanes.attack.iterate.step[there]
+        return np.asarray(runs) * (SETTINGS.max_steps + 1) + np.asarray(steps)
+
+    def noted(self, state, places, moved=packing.Tail._moved):
+        lanes, parked = moved(self, state, places)
+        seen.append((ahead(lanes), ahead(parked)))
         return lanes, parked
 
-    monkeypatch.setattr(runner, "pack", noted)
+    monkeypatch.setattr(packing.Tail, "_moved", noted)
     ATTACK(params, apply_fn, jnp.tile(x, (16, 1, 1, 1)), jnp.tile(y, 16))
-    mixed = [both for both in seen if len(both[1]) and np.ptp(np.concatenate(both))]
+    mixed = [both for both in seen if all(map(len, both)) and np.ptp(np.concatenate(both))]
     assert mixed and all(inside.max() <= waiting.min() for inside, waiting in mixed)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3])
+def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
+    """Stopped half-way, parked, and taken up behind new images, in order: the same outcomes."""
+    params, apply_fn, x, y = toy()
+    algorithm = bound("gse", SETTINGS)
+    evaluate_fn = functools.partial(evaluate, algorithm, functools.partial(apply_fn, params))
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    zero = jnp.zeros(1, jnp.int32)
+
+    def run(lanes, begin, parked, calls):
+        queue = Queue(samples, zero + begin, zero + 6)
+        return jax.jit(lambda *a: drain(algorithm, evaluate_fn, *a, capacity=12, max_iterations=calls))(
+            jax.tree.map(jnp.asarray, lanes), queue, parked)
+
+    one = jax.tree.map(lambda a: a[0], samples)
+    halfway, queue, _, done, _ = run(idle_lanes(algorithm, one, 4), 0, None, 3)
+    assert int(queue.begin[0]) == 4 and int(done.count[0]) == 0
+    idle = idle_lanes(algorithm, one, num_lanes)
+    _, queue, parked, done, _ = run(idle, 4, Parked(halfway, zero, zero + 4), None)
+    assert int(queue.begin[0]) == 6 and int(parked.begin[0]) == 4 and int(done.count[0]) == 6
+    order = jnp.argsort(done.sample_id[:6])
+    same(jax.tree.map(lambda a: a[order], done.outcome), expected)
+    lanes, queue, parked, done, _ = run(idle, 4, Parked(halfway, zero + 1, zero + 3), 1)
+    assert set(lanes.sample_id.tolist()) <= {4, 5, 1} and int(parked.begin[0]) == (2 if num_lanes == 3 else 1)
 
 
 def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch):
@@ -239,7 +270,7 @@ def run_with(loop, algorithm=bound("gse", GSESettings(num_runs=2, max_steps=6, p
     lanes = jax.tree.map(jnp.asarray, lanes)
     queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))
     evaluate_fn = functools.partial(evaluate, algorithm, functools.partial(logits_of, params))
-    _, _, finished, calls = drain(algorithm, evaluate_fn, lanes, queue,
+    _, _, _, finished, calls = drain(algorithm, evaluate_fn, lanes, queue,
                                   capacity=6 + num_lanes, loop=loop)
     order = jnp.argsort(finished.sample_id[:6])
     return jax.tree.map(lambda a: a[order], finished.outcome), int(calls[0])

@@ -173,8 +173,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         return Outcome(state.best, success, state.status, state.gradient_evals,
                        state.forward_evals, state.best_tradeoff)
 
+    def progress(state: GSEState):
+        return state.search.run * (settings.max_steps + 1) + state.iterate.step
+
     return Algorithm(_init, point, loss, step, lambda state: state.status != RUNNING, finish,
-                     progress=lambda states: states.search.run)
+                     progress=progress)
 
 
 def _judged(state: GSEState, margin, settings):

@@ -164,7 +164,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     # Every image that is found spends its budget.
     return Algorithm(init, query, loss, step, done, finish,
-                     progress=lambda states: states.gse.gradient_evals + states.refinement.evals)
+                     progress=lambda state: state.gse.gradient_evals + state.refinement.evals)
 
 
 def _select(condition, new, old):
