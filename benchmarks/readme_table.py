@@ -238,7 +238,7 @@ def _versus(name, script):
     one, two = "{:.1f}".format, "{:.2f}".format
     return _table(name, {
         "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`",
-        "seconds per image": both("seconds_per_image", "{:.3f}".format),
+        "seconds per image": both("seconds_per_image", "{:.3g}".format),
         "ratio (lowest, highest of the pairs)": lambda r: (
             f"{r['ratio']:.1f} ({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})"),
         "our gradients": lambda r: one(r["ours_gradients"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
