@@ -159,8 +159,8 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
     zero = jnp.zeros(1, jnp.int32)
 
-    def run(lanes, begin, parked, calls):
-        queue = Queue(samples, zero + begin, zero + 6)
+    def run(lanes, begin, parked, calls, samples=samples):
+        queue = Queue(samples, zero + begin, zero + len(samples.x))
         return jax.jit(lambda *a: drain(algorithm, evaluate_fn, *a, capacity=12, max_iterations=calls))(
             jax.tree.map(jnp.asarray, lanes), queue, parked)
 
@@ -172,6 +172,13 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
     assert int(queue.begin[0]) == 6 and int(parked.begin[0]) == 4 and int(done.count[0]) == 6
     order = jnp.argsort(done.sample_id[:6])
     same(jax.tree.map(lambda a: a[order], done.outcome), expected)
+    # Two lanes fall free at once, for one new image and one that is parked.
+    twice = jax.tree.map(lambda a: a[jnp.asarray([4, 4, 5])], samples)
+    _, _, _, done, _ = run(idle_lanes(algorithm, one, 2), 0, Parked(halfway, zero + 2, zero + 3), None, twice)
+    order = jnp.argsort(done.sample_id[:4])
+    assert done.sample_id[order].tolist() == [2, 4, 4, 5]
+    same(jax.tree.map(lambda a: a[order], done.outcome),
+         jax.tree.map(lambda a: a[jnp.asarray([2, 4, 4, 5])], expected))
     lanes, queue, parked, done, _ = run(idle, 4, Parked(halfway, zero + 1, zero + 3), 1)
     assert set(lanes.sample_id.tolist()) <= {4, 5, 1} and int(parked.begin[0]) == (2 if num_lanes == 3 else 1)
 
