@@ -41,7 +41,8 @@ class Progress(NamedTuple):
         lane_evals: gradient evaluations made so far, those of idle lanes included; more than
             `gradient_evals` by what unfinished images have spent and by what was idle.
 
-    An accelerator's are told one stretch of work late, while the next one is done.
+    An accelerator's are told one stretch of work late, while the next one is done. The last images of an
+    attack, on a CPU up to four per lane, advance together: most of them are done near its end.
     """
 
     done: int
@@ -157,7 +158,8 @@ class _Dealer:
         ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
         # A thousand lanes have room for megabytes more than the images of most attacks: an accelerator
         # repeats the last row itself.
-        sent = places if self._platform == "cpu" else min(places, 1 << int(ends.max()).bit_length())
+        most = max(1, int(ends.max()))
+        sent = places if self._platform == "cpu" else min(places, 1 << (most - 1).bit_length())
         rows = [s for dealt in self._dealt for s in dealt + [self._padding] * (sent - len(dealt))]
         samples = Sample(*(None if column[0] is None else np.stack(column)
                            for column in zip(*rows)))
