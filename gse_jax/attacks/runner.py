@@ -41,8 +41,8 @@ class Progress(NamedTuple):
         lane_evals: gradient evaluations made so far, those of idle lanes included; more than
             `gradient_evals` by what unfinished images have spent and by what was idle.
 
-    An accelerator's are told one stretch of work late, while the next one is done. The last images of an
-    attack, on a CPU up to four per lane, advance together: most of them are done near its end.
+    An accelerator's are told one stretch of work late, while the next one is done. There the last images,
+    up to four per lane, advance together: most of them are done near the end.
     """
 
     done: int
