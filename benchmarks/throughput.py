@@ -7,6 +7,8 @@ efficiency = gradient evaluations the attack used x bare time / wall time
 lanes full = gradient evaluations the lanes made, idle ones included, x bare time / wall time
 bare       = jitted value-and-gradient of the same model on all devices in the same precision, per
              image, at the batch size where it is fastest
+tuned      = on an NVIDIA GPU: the same against the bare model with the compiler options of the attack
+             (`gse_jax/attacks/cuda.py`), which make the model itself faster
 
 One CPU device per core. The bare model is timed again after every second of the attack (ten on an
 accelerator), between its stretches of work, and each second is divided by the bare times on both sides of
@@ -23,6 +25,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import results_file
+from gse_jax.attacks import cuda
 from gse_jax.attacks.precision import PRECISIONS, multiplying
 
 CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192)  # per device
@@ -36,8 +39,11 @@ PAUSE_ON_CPU, PAUSE_ON_ACCELERATORS = 1.0, 10.0
 class Bare:
     """Times one value-and-gradient on all devices, in seconds per image."""
 
-    def __init__(self, params, apply_fn, x, precision="highest", batches=None):
-        """Compile, and choose the fastest batch size of those for this platform, or of `batches`."""
+    def __init__(self, params, apply_fn, x, precision="highest", batches=None, tuned=False):
+        """Compile, and choose the fastest batch size of those for this platform, or of `batches`.
+
+        Where `tuned`, with the compiler options that an attack takes on an NVIDIA GPU.
+        """
         def gradient(params, x):
             with multiplying(precision):
                 value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
@@ -46,12 +52,13 @@ class Bare:
         mesh = jax.make_mesh((jax.device_count(),), ("d",),
                              axis_types=(jax.sharding.AxisType.Auto,))
         self._params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P()))
-        self._step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")),
-                                           out_specs=P("d"), check_vma=False))
+        spread = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"), check_vma=False)
         batches = batches or (CPU_BATCHES if jax.default_backend() == "cpu" else GPU_BATCHES)
         split = jax.sharding.NamedSharding(mesh, P("d"))
         choices = [jax.device_put(np.resize(x, (b * jax.device_count(), *x.shape[1:])), split)
                    for b in batches]
+        options = cuda.choices(jax.make_jaxpr(spread)(self._params, choices[0]))[0] if tuned else None
+        self._step = jax.jit(spread, compiler_options=options)
         for images in choices:
             self._time(images)
         self._images = choices[0]
@@ -91,19 +98,23 @@ class Stopwatch:
         self.before, self.start = after, time.perf_counter()
 
 
-def measure(attack, bare, count, lanes):
-    """One row."""
+def measure(attack, bare, tuned, count, lanes):
+    """One row; `tuned` is another `Bare` or None."""
     attack(None, min(count, WARM))  # compiles all widths
     watch = Stopwatch(bare)
     result = jax.block_until_ready(attack(watch))
     watch.stop()
     used = int(np.sum(result.gradient_evals))
-    return {"images": count, "lanes": lanes, "devices": jax.device_count(),
-            "ASR": float(np.mean(result.success)),
-            "images_per_second": count / watch.wall, "evals_per_image": used / count,
-            "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
-            "efficiency": used / watch.model_times,
-            "lanes_full": watch.lane_evals / watch.model_times}
+    row = {"images": count, "lanes": lanes, "devices": jax.device_count(),
+           "ASR": float(np.mean(result.success)),
+           "images_per_second": count / watch.wall, "evals_per_image": used / count,
+           "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
+           "efficiency": used / watch.model_times,
+           "lanes_full": watch.lane_evals / watch.model_times}
+    if tuned is not None:
+        row["tuned_us"] = tuned() * 1e6
+        row["efficiency_tuned"] = row["efficiency"] * row["tuned_us"] / (bare() * 1e6)
+    return row
 
 
 def main():
@@ -127,6 +138,8 @@ def main():
     if args.smoke:
         settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3)
     bare = Bare(params, apply_fn, images[:64], args.precision, (4,) if args.smoke else None)
+    tuned = (Bare(params, apply_fn, images[:64], args.precision, tuned=True)
+             if cuda.is_cuda(jax.devices()[0]) else None)
     rows = []
     args.num = args.num or (ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS)
     for count in args.num:
@@ -145,7 +158,7 @@ def main():
 
             rows.append({"model": name, "attack": "targeted" if args.targeted else "untargeted",
                          "precision": args.precision,
-                         **measure(attack, bare, count, lanes)})
+                         **measure(attack, bare, tuned, count, lanes)})
             results_file.show(rows[-1])
     word = "targeted" if args.targeted else "untargeted"
     table = "" if args.lanes == ["default"] else "_lanes"

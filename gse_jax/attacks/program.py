@@ -5,8 +5,6 @@ import dataclasses
 import dis
 import functools
 import inspect
-import logging
-import os
 import sys
 from typing import Any
 
@@ -16,19 +14,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gse_jax.attacks import cuda
 from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
 from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import multiplying
-from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn
 
-_LOGGER = logging.getLogger("gse_jax")
 AXIS = "devices"
-
-# What XLA makes one CUDA graph of, which the host launches as a whole: its default, and convolutions.
-_GRAPHS = "xla_gpu_enable_command_buffer"
-_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,41 +125,6 @@ def _holds_nnx(fn) -> bool:
     return any(isinstance(one, nnx.Module) for one in held)
 
 
-def _takes_graphs(mesh) -> bool:
-    """Tell whether convolutions may go into CUDA graphs: on such a device, unless the user has chosen."""
-    device = mesh.devices.flat[0]
-    cuda = "NVIDIA" in device.device_kind or "cuda" in device.client.platform_version.lower()
-    return cuda and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
-
-
-class _InGraphs:
-    """A program with its convolutions in CUDA graphs, which saves the launch of every kernel.
-
-    XLA leaves them out by default because not every convolution can be captured: where the first
-    call fails, this one and all later ones run without. (After an out-of-memory the next call tries
-    again.)
-    """
-
-    def __init__(self, in_graphs, plain):
-        self._in_graphs, self._plain = in_graphs, plain
-        self._chosen = None
-
-    def __call__(self, params, hyperparams, key, lanes, *rest):
-        if self._chosen is None:
-            copy = jax.tree.map(jnp.copy, lanes)  # donated, and gone if this fails
-            try:
-                result = jax.block_until_ready(
-                    self._in_graphs(params, hyperparams, key, copy, *rest))
-                self._chosen = self._in_graphs
-                return result
-            except jax.errors.JaxRuntimeError as error:
-                if not is_out_of_memory(error):
-                    self._chosen = self._plain
-                    _LOGGER.info("convolutions stay outside of CUDA graphs: %s", error)
-                return self._plain(params, hyperparams, key, lanes, *rest)
-        return self._chosen(params, hyperparams, key, lanes, *rest)
-
-
 @functools.lru_cache(maxsize=32)
 def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
     """Compile `program` for lanes and queues spread over a mesh.
@@ -200,11 +158,11 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
                            out_specs=P(AXIS), check_vma=False)
     # Without out_shardings XLA calls arrays of no elements replicated, and the next call, whose
     # input is this output, would compile everything once more.
-    compiled = functools.partial(jax.jit, spread, donate_argnums=3,
-                                 out_shardings=NamedSharding(mesh, P(AXIS)))
-    if not _takes_graphs(mesh):
-        return compiled()
-    return _InGraphs(compiled(compiler_options={_GRAPHS: _IN_GRAPHS}), compiled())
+    def jitted(options=None):
+        return jax.jit(spread, donate_argnums=3, out_shardings=NamedSharding(mesh, P(AXIS)),
+                       compiler_options=options)
+
+    return cuda.Tuned(jitted, donated=3) if cuda.is_cuda(mesh.devices.flat[0]) else jitted()
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
-from gse_jax.attacks import METHODS, api, attack_stream, packing, program, runner
+from gse_jax.attacks import METHODS, api, attack_stream, packing, runner
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
@@ -88,32 +88,6 @@ def test_as_an_accelerator_would(expected, monkeypatch, repeat, widths):
     result = ATTACK(params, noted, jnp.tile(x, (repeat, 1, 1, 1)), jnp.tile(y, repeat))
     same(result, jax.tree.map(lambda a: jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)), expected))
     assert seen >= widths and max(seen) == max(widths)
-
-
-@pytest.mark.parametrize("fault", [None, "capture", pytest.param("unknown kind", marks=pytest.mark.slow),
-                                   pytest.param("out of memory", marks=pytest.mark.slow)])
-def test_where_convolutions_cannot_go_into_graphs_they_stay_outside(expected, monkeypatch, fault):
-    """A CPU takes the option and does nothing with it; an unknown kind fails when it is compiled."""
-    params, apply_fn, x, y = toy()
-    monkeypatch.setattr(program, "_takes_graphs", lambda mesh: True)
-    monkeypatch.setattr(program, "_IN_GRAPHS", "NO_SUCH_KIND" if fault == "unknown kind" else "FUSION")
-    errors = {"capture": "INTERNAL: not captured", "out of memory": "RESOURCE_EXHAUSTED: no room"}
-    made = []
-
-    class Noted(program._InGraphs):
-        def __init__(self, in_graphs, plain):
-            def failing(*arguments):
-                in_graphs(*arguments)  # which takes the donated lanes
-                raise jax.errors.JaxRuntimeError(errors[fault])
-
-            super().__init__(failing if fault in errors else in_graphs, plain)
-            made.append(self)
-
-    monkeypatch.setattr(program, "_InGraphs", Noted)
-    same(ATTACK(params, lambda params, x: apply_fn(params, x), x, y), expected)
-    assert made
-    for run in made:
-        assert run._chosen is {None: run._in_graphs, "out of memory": None}.get(fault, run._plain)
 
 
 def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
@@ -204,7 +178,6 @@ def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch
         return apply_fn(params, images + 0.0 * patch[None, ..., None])
 
     monkeypatch.setattr(runner, "on_mesh", noted)
-    monkeypatch.setattr(program, "_takes_graphs", lambda mesh: False)
     ATTACK(params, with_constants, x, y)
     assert operands and all(operand.startswith("%arg") for operand in operands)
 

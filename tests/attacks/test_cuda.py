@@ -1,0 +1,112 @@
+"""Compiler options for NVIDIA GPUs: which are asked for, and that an attack survives those that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax.attacks import cuda
+from gse_jax.attacks.gse import GSESettings
+from gse_jax.attacks.precision import multiplying
+from tests.toy_model import toy
+
+BOTH = cuda.GRAPHS | cuda.NCHW
+
+
+def traced(model, precision="highest", dtype=jnp.float32):
+    """What an attack on this model computes, at least its part that matters here."""
+    def gradient(kernel, x):
+        with multiplying(precision):
+            return jax.grad(lambda x: model(kernel, x).sum())(x)
+
+    return jax.make_jaxpr(gradient)(jnp.ones((3, 3, 3, 3), dtype), jnp.ones((2, 8, 8, 3), dtype))
+
+
+def convolving(kernel, x, **options):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                        **options)
+
+
+def in_a_loop(kernel, x):
+    return jax.lax.fori_loop(0, 2, lambda _, x: jax.jit(convolving)(kernel, x), x)
+
+
+def in_bfloat16(kernel, x):
+    return convolving(kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+
+
+def partly_coarse(kernel, x):
+    return convolving(kernel, convolving(kernel, x, precision=jax.lax.Precision.DEFAULT))
+
+
+@pytest.mark.parametrize("model", [convolving, in_a_loop, jax.checkpoint(convolving)])
+def test_float32_convolutions_go_into_graphs_and_nchw(model):
+    assert cuda.choices(traced(model)) == [BOTH, cuda.NCHW, cuda.GRAPHS, {}]
+
+
+@pytest.mark.parametrize("jaxpr", [
+    lambda: traced(convolving, "tf32"), lambda: traced(convolving, "bf16"), lambda: traced(in_bfloat16),
+    lambda: traced(partly_coarse), lambda: traced(convolving, dtype=jnp.float64),
+    lambda: traced(lambda kernel, x: x**2)])
+def test_others_keep_the_layout_that_xla_chooses(jaxpr):
+    assert cuda.choices(jaxpr()) == [cuda.GRAPHS, {}]
+
+
+def test_the_user_decides_what_is_in_xla_flags(monkeypatch):
+    jaxpr = traced(convolving)
+    for flag, left in (("xla_gpu_enable_command_buffer=", [cuda.NCHW, {}]),
+                       ("xla_gpu_force_conv_nhwc=true", [cuda.GRAPHS, {}])):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_enable_fast_math=false --{flag}")
+        assert cuda.choices(jaxpr) == left
+
+
+UNKNOWN = {"xla_gpu_no_such_option": True}
+
+
+@pytest.mark.parametrize("graphs, nchw, fault, expected", [
+    (cuda.GRAPHS, cuda.NCHW, None, BOTH),
+    (cuda.GRAPHS, cuda.NCHW, "INTERNAL: not captured", cuda.NCHW),
+    (cuda.GRAPHS, UNKNOWN, None, cuda.GRAPHS),
+    pytest.param({"xla_gpu_enable_command_buffer": "NO_SUCH_KIND"}, UNKNOWN, None, {}, marks=pytest.mark.slow),
+    pytest.param(cuda.GRAPHS, cuda.NCHW, "RESOURCE_EXHAUSTED: no room", None, marks=pytest.mark.slow),
+])
+def test_an_attack_takes_the_fastest_options_that_work(monkeypatch, graphs, nchw, fault, expected):
+    """A CPU takes the options and does nothing with them; unknown ones fail when they are compiled."""
+    params, apply_fn, x, y = toy()
+    settings = GSESettings(num_runs=3, max_steps=20, phase1_steps=10)
+
+    def attack():
+        return gse_jax.attack(params, lambda params, x: apply_fn(params, x), x, y, bounds=(-1.0, 1.0),
+                              lanes=4, settings=settings)  # a model of its own: nothing is compiled yet
+
+    plain = attack()
+    made = []
+
+    class Noted(cuda.Tuned):
+        def __init__(self, jitted, donated):
+            def faulty(options=None):
+                def failing(*arguments):
+                    run(*arguments)  # which takes the donated lanes
+                    raise jax.errors.JaxRuntimeError(fault)
+
+                run = jitted(options)
+                faults = fault and "xla_gpu_enable_command_buffer" in (options or {})
+                made.append((self, options, failing if faults else run))
+                return made[-1][-1]
+
+            super().__init__(faulty, donated)
+
+    monkeypatch.setattr(cuda, "Tuned", Noted)
+    monkeypatch.setattr(cuda, "is_cuda", lambda device: True)
+    monkeypatch.setattr(cuda, "GRAPHS", graphs)
+    monkeypatch.setattr(cuda, "NCHW", nchw)
+    monkeypatch.setattr(cuda, "_convolves_in_float32", lambda jaxpr: True)  # the toy's are of float64
+    result = attack()
+    assert made
+    for tuned in {run for run, *_ in made}:
+        chosen = [options for one, options, run in made if one is tuned and run is tuned._chosen]
+        assert chosen == ([] if expected is None else [expected])
+    np.testing.assert_array_equal(result.gradient_evals, plain.gradient_evals)
+    np.testing.assert_array_equal(result.status, plain.status)
+    np.testing.assert_allclose(result.adversarials, plain.adversarials, atol=1e-9)
