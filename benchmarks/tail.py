@@ -31,8 +31,8 @@ from gse_jax.attacks import METHODS, Sample, attack_stream, packing, preset, run
 from gse_jax.attacks.algorithm import Algorithm, Method, Outcome
 
 SIDE = 8  # of the replayed images, whose pixels are the calls; to the engine as small as CIFAR-10's
-H200_MS = {64: 1.64, 256: 4.05, 1024: 14.2}  # of a call, by lanes
-H200_BARE_US = 13.1  # of the bare model per image, at its best
+H200_MS = {64: 1.21, 256: 3.29, 1024: 11.5}  # of a call, by lanes
+H200_BARE_US = 10.6  # of the bare model per image, at its best, compiled as the attack is
 # After each stretch of calls; to pack the lanes anew. Profiled at 0.15 s for 27 stretches with the set-up.
 H200_HOST_MS = (3.0, 3.0)
 CPU_WIDTHS = (8, 4, 1)
