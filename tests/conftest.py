@@ -1,10 +1,19 @@
 """Strict JAX for every test, on four CPU devices."""
 
 import os
+import tempfile
 from pathlib import Path
 
-import jax
 import pytest
+
+# The workers and the processes that tests start compile many of the same programs: they share them in a
+# folder that goes with the first of them. A limit on its size, not otherwise needed, has JAX lock it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="gse_jax_tests_", ignore_cleanup_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+import jax  # noqa: E402, reads them
 
 # Most of the time goes into compiling small programs once: less optimisation halves it, and changes no
 # more than rounding. XLA refuses unknown flags, and newer versions have one kind of emitters only.
