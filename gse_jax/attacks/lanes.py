@@ -99,6 +99,25 @@ def idle_lanes(algorithm: Algorithm, sample: Sample, num_lanes: int) -> LanesSta
     return LanesState(zeros, np.full((num_lanes,), NO_SAMPLE, np.int32))
 
 
+def first_lanes(algorithm: Algorithm, queue: Queue, num_lanes: int) -> tuple[LanesState, Queue]:
+    """Put the first images of a queue into lanes.
+
+    Args:
+        algorithm: the attack.
+        queue: what waits.
+        num_lanes: L.
+
+    Returns:
+        (L lanes, idle from where the queue ends on; the rest of the queue).
+    """
+    rank = jnp.arange(num_lanes, dtype=jnp.int32)
+    sample = _at(queue.samples, queue.begin + rank)
+    begin = jnp.minimum(queue.begin + num_lanes, queue.end)
+    lanes = LanesState(jax.vmap(algorithm.init)(sample),
+                       jnp.where(queue.begin + rank < queue.end, sample.sample_id, NO_SAMPLE))
+    return lanes, queue._replace(begin=begin)
+
+
 def _empty_finished(algorithm: Algorithm, lanes: LanesState, capacity: int) -> Finished:
     shapes = jax.eval_shape(jax.vmap(algorithm.finish), lanes.attack)
     outcome = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape[1:]), a.dtype), shapes)
@@ -250,7 +269,8 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
     Args:
         algorithm: the attack.
         evaluate_fn: (states, saved=None) -> (Evaluation, saved), see `evaluate`.
-        lanes: L lanes, idle or half-way through an image.
+        lanes: L lanes, half-way through an image, see `first_lanes`; idle ones take the next after the
+            first model call (a second exchange, before it, would be a sixth of what there is to compile).
         queue: what waits; padding places must hold valid images.
         parked: images half-way that wait; None for none.
         capacity: F, places for outcomes; at least the images at hand, or those that can finish in
@@ -263,7 +283,7 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
         goes on exactly where this call stopped.
     """
 
-    def exchange(lanes, taken, finished, parked=parked):
+    def exchange(lanes, taken, finished):
         occupied = lanes.sample_id != NO_SAMPLE
         over = occupied & jax.vmap(algorithm.done)(lanes.attack)
         waiting = sum(_waiting(algorithm, lanes, taken, queue, parked, occupied & ~over))[0] > 0
@@ -273,7 +293,9 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
                         lanes, taken, finished)
 
     def keep_going(carry):
-        more = jnp.any(carry.lanes.sample_id != NO_SAMPLE)
+        more = jnp.any(carry.lanes.sample_id != NO_SAMPLE) | jnp.any(carry.taken[0] < queue.end)
+        if parked is not None:
+            more |= jnp.any(carry.taken[1] < parked.end)
         return more if max_iterations is None else more & (carry.iteration < max_iterations)
 
     def forward_fn(states):
@@ -307,8 +329,7 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
 
     taken = [queue.begin] if parked is None else [queue.begin, parked.begin]
     finished = _empty_finished(algorithm, lanes, capacity)
-    carry = _Carry(*exchange(lanes, taken, finished, None), jnp.zeros((), jnp.int32))
-    carry = loop(keep_going, body, carry)
+    carry = loop(keep_going, body, _Carry(lanes, taken, finished, jnp.zeros((), jnp.int32)))
     queue = queue._replace(begin=carry.taken[0])
     parked = None if parked is None else parked._replace(begin=carry.taken[1])
     return carry.lanes, queue, parked, carry.finished, carry.iteration[None]

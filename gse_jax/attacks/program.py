@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gse_jax.attacks import cuda
 from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
-from gse_jax.attacks.lanes import Queue, drain, evaluate, idle_lanes
+from gse_jax.attacks.lanes import Queue, drain, evaluate, first_lanes
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import multiplying
 from gse_jax.types import ApplyFn
@@ -166,6 +166,27 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
 
 
 @functools.lru_cache(maxsize=32)
+def filled_on_mesh(program: Program, mesh: jax.sharding.Mesh, num_lanes: int):
+    """Compile `first_lanes` for queues spread over a mesh.
+
+    Args:
+        program: what will run.
+        mesh: one axis, `AXIS`.
+        num_lanes: lanes per device.
+
+    Returns:
+        (hyperparams, key, queue) -> (lanes, `begin` of the queue).
+    """
+
+    def fill(hyperparams, key, queue):
+        lanes, queue = first_lanes(program.algorithm(hyperparams, key), queue, num_lanes)
+        return lanes, queue.begin
+
+    return jax.jit(jax.shard_map(fill, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS),
+                                 check_vma=False), out_shardings=NamedSharding(mesh, P(AXIS)))
+
+
+@functools.lru_cache(maxsize=32)
 def in_graph(program: Program, num_lanes: int):
     """Compile `program` as one function of all images, for use under the caller's transformations.
 
@@ -178,9 +199,8 @@ def in_graph(program: Program, num_lanes: int):
     """
     def run(params, hyperparams, key, samples: Sample):
         count = samples.sample_id.shape[0]
-        one = jax.tree.map(lambda a: a[0], samples)
-        lanes = idle_lanes(program.algorithm(hyperparams, key), one, num_lanes)
-        queue = Queue(samples, np.zeros(1, np.int32), np.full(1, count, np.int32))
+        queue = Queue(samples, jnp.zeros(1, jnp.int32), jnp.full(1, count, jnp.int32))
+        lanes, queue = first_lanes(program.algorithm(hyperparams, key), queue, num_lanes)
         _, _, _, finished, _ = program.drain(params, hyperparams, key, lanes, queue, capacity=count)
         return jax.tree.map(lambda a: a.at[finished.sample_id].set(a), finished.outcome)
 

@@ -23,10 +23,9 @@ from gse_jax.attacks.packing import (
     CPU_WIDTH_FOR_FEW,
     FULL_AT_FIRST,
     Tail,
-    put_idle,
     tail_width,
 )
-from gse_jax.attacks.program import Program, make_mesh, on_mesh, replicate, split, under
+from gse_jax.attacks.program import Program, filled_on_mesh, make_mesh, on_mesh, replicate, split, under
 from gse_jax.devices import hint_at_idle_cores
 
 
@@ -238,8 +237,10 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
         return
     algorithm = program.algorithm(hyperparams, key)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
-    state = put_idle(algorithm, one, width, sharding, platform)
     queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
+    with under(mesh):
+        state, begin = filled_on_mesh(program, mesh, width)(hyperparams, key, queue)
+    queue = queue._replace(begin=begin)
     rest = Tail(algorithm, one, width, platform, narrowest, sharding)
     while unfinished:
         advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
