@@ -41,9 +41,9 @@ def measure(folder, whole):
     print(json.dumps(seconds))
 
 
-def run(folder, *whole):
+def run(folder, *words):
     """Start a process and return its times."""
-    done = subprocess.run([sys.executable, __file__, "--process", folder, *whole], check=True,
+    done = subprocess.run([sys.executable, __file__, "--process", folder, *words], check=True,
                           stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -51,7 +51,7 @@ def run(folder, *whole):
 def main():
     """Measure and print."""
     if sys.argv[1:2] == ["--process"]:
-        measure(sys.argv[2], sys.argv[3:] == ["whole"])
+        measure(sys.argv[2], "whole" in sys.argv)
         return
     import results_file
 
@@ -62,10 +62,11 @@ def main():
     for _ in range(1 if args.smoke else args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             # Filling the cache costs a little: a smoke run lets the cold call do it.
-            cold = run(folder if args.smoke else "")
+            words = ["--smoke"] * args.smoke
+            cold = run(folder if args.smoke else "", *words)
             if not args.smoke:
                 run(folder)
-            rows.append({**cold, "cached": run(folder)["first call"]})
+            rows.append({**cold, "cached": run(folder, *words)["first call"]})
         if not args.smoke:
             whole = run("", "whole")
             rows[-1]["all widths"] = whole["first call"] - whole["second call"]

@@ -66,12 +66,14 @@ def show(row, file=None):
 
 
 def network_and_images(count, network="authors"):
-    """(params, apply_fn, x, y, bounds, name): a CIFAR-10 ResNet-20, else the digits'.
+    """(params, apply_fn, x, y, bounds, name): a CIFAR-10 ResNet-20, else the digits'; for `--smoke` `_tiny`.
 
     "authors" is the paper's, "imagenet_norm" another one that normalises with ImageNet's means.
     """
     from gse_jax import data, models
 
+    if "--smoke" in sys.argv:
+        return _tiny(data.load("digits", limit=count).images)
     folder = SHARED / "data" / "cifar10"
     if folder.is_dir():
         file, normalize, name = {
@@ -91,3 +93,18 @@ def network_and_images(count, network="authors"):
     with jax.default_matmul_precision("highest"):  # as the attack will see it
         correct = np.asarray(apply_fn(params, x).argmax(-1)) == y
     return params, apply_fn, x[correct], y[correct], bounds, name
+
+
+def _tiny(x):
+    """Two convolutions with random weights, which compile in no time; what they say are the labels."""
+    generator = np.random.default_rng(0)
+    params = [generator.standard_normal(shape).astype("f4") / 5 for shape in ((3, 3, 3, 8), (3, 3, 8, 8), (512, 10))]
+
+    def apply_fn(params, x):
+        *kernels, dense = params
+        for kernel in kernels:
+            x = jax.nn.relu(jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        return x.reshape(len(x), -1) @ dense
+
+    return params, apply_fn, x, np.asarray(apply_fn(params, x).argmax(-1)), (0.0, 1.0), "two convolutions"

@@ -74,6 +74,7 @@ def test_a_verification_of_images_that_are_gone_counts_no_more(run, tmp_path):
     assert "have not been checked by a fresh forward pass" in page
 
 
+@pytest.mark.slow
 def test_check_passes_the_embedded_model_and_refuses_a_wrong_range(capsys, tmp_path):
     import numpy as np
 

@@ -61,6 +61,18 @@ def test_the_user_decides_what_is_in_xla_flags(monkeypatch):
         assert cuda.choices(jaxpr) == left
 
 
+def attack():
+    params, apply_fn, x, y = toy()
+    # A model of its own: nothing is compiled yet.
+    return gse_jax.attack(params, lambda params, x: apply_fn(params, x), x, y, bounds=(-1.0, 1.0), lanes=4,
+                          settings=GSESettings(num_runs=2, max_steps=10, phase1_steps=5))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return attack()
+
+
 UNKNOWN = {"xla_gpu_no_such_option": True}
 
 
@@ -71,16 +83,8 @@ UNKNOWN = {"xla_gpu_no_such_option": True}
     pytest.param({"xla_gpu_enable_command_buffer": "NO_SUCH_KIND"}, UNKNOWN, None, {}, marks=pytest.mark.slow),
     pytest.param(cuda.GRAPHS, cuda.NCHW, "RESOURCE_EXHAUSTED: no room", None, marks=pytest.mark.slow),
 ])
-def test_an_attack_takes_the_fastest_options_that_work(monkeypatch, graphs, nchw, fault, expected):
+def test_an_attack_takes_the_fastest_options_that_work(monkeypatch, plain, graphs, nchw, fault, expected):
     """A CPU takes the options and does nothing with them; unknown ones fail when they are compiled."""
-    params, apply_fn, x, y = toy()
-    settings = GSESettings(num_runs=3, max_steps=20, phase1_steps=10)
-
-    def attack():
-        return gse_jax.attack(params, lambda params, x: apply_fn(params, x), x, y, bounds=(-1.0, 1.0),
-                              lanes=4, settings=settings)  # a model of its own: nothing is compiled yet
-
-    plain = attack()
     made = []
 
     class Noted(cuda.Tuned):

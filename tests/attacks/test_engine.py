@@ -124,7 +124,7 @@ def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     assert mixed and all(inside.max() <= waiting.min() for inside, waiting in mixed)
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3])
+@pytest.mark.parametrize("num_lanes", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
     """Stopped half-way, parked, and taken up behind new images, in order: the same outcomes."""
     params, apply_fn, x, y = toy()

@@ -94,6 +94,7 @@ def test_frames_are_the_border_within_the_budget():
     assert 1 <= changed <= 4 * 4  # four seeds of 2 x 2 pixels
 
 
+@pytest.mark.slow
 def test_a_frame_may_be_the_whole_image():
     """20 x 9 pixels: five thick, more than half the width."""
     pattern = moves.move_frame(jax.random.key(1), moves.empty_pattern((20, 9, 3)), 180,

@@ -152,6 +152,7 @@ def test_a_model_that_closes_over_what_is_differentiated():
                  jax.grad(by_closure)(params), jax.grad(by_params)(params))
 
 
+@pytest.mark.slow
 def test_vmap_over_hyperparams_and_grad_of_grad():
     kernel = 0.05 * jax.random.normal(jax.random.key(0), (192, 16), jnp.float64)
     params = (kernel, jax.random.normal(jax.random.key(1), (16, 4), jnp.float64))
@@ -181,7 +182,8 @@ def linear(shift):
 
 
 @pytest.mark.parametrize("case, shift, tradeoff", [
-    pytest.param("already misclassified", -50.0, 1e-3, marks=pytest.mark.slow), ("no trade-off", 0.5, 0.0),
+    pytest.param("already misclassified", -50.0, 1e-3, marks=pytest.mark.slow),
+    pytest.param("no trade-off", 0.5, 0.0, marks=pytest.mark.slow),
     ("dead run, w = 0 throughout", 0.5, 1e9), ("pixels on a bound", 0.5, 1e-6)])
 def test_derivatives_stay_finite(case, shift, tradeoff):
     x = jnp.ones((2, 8, 8, 3))  # every pixel lies on the upper bound

@@ -208,6 +208,7 @@ def cifar(shared):
     return checked
 
 
+@pytest.mark.slow
 def test_real_network_with_its_own_normalisation(cifar):
     assert not serious(cifar("resnet20_gse_authors", (0.5, 0.5), expected_accuracy=0.9066))
 
@@ -231,6 +232,7 @@ def test_real_network_with_a_wrong_normalisation(cifar, weights, normalize, word
     assert {f.name for f in serious(findings)} == {"accuracy", "normalisation"}
 
 
+@pytest.mark.slow
 def test_real_network_fed_with_eight_bit_images(cifar):
     findings = cifar("resnet20_gse_authors", (0.5, 0.5), 255 * cifar.x)
     assert named(findings, "bounds").severity == "error"

@@ -59,6 +59,7 @@ def test_odd_sizes_are_close_to_numpy_in_float32(tmp_path, name):
     assert np.abs(features - expected[1]).max() < 3e-6 * np.abs(expected[1]).max()
 
 
+@pytest.mark.slow
 def test_gradient_is_the_slope_of_the_numpy_model(tmp_path):
     random = np.random.default_rng(2)
     images, direction = random.uniform(-1, 1, (2, 2, 16, 16, 3))

@@ -152,6 +152,7 @@ def test_wrong_arguments_are_refused():
         report.attack_panel(x, x, label, label, heat_maps={"CAM": np.zeros((2, 6, 6, 3))})
 
 
+@pytest.mark.slow
 def test_panel_is_deterministic(tmp_path):
     first = report.save_figure(make_panel(), tmp_path / "a")
     second = report.save_figure(make_panel(), tmp_path / "b")
