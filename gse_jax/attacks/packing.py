@@ -37,8 +37,25 @@ FULL_AT_FIRST = 0.85  # of lanes that all images begin in together, where a narr
 
 
 def parked_places(width: int) -> int:
-    """Return how many images one device can park beside `width` lanes; enough for every narrowing."""
+    """Return how many images one device can park beside `width` lanes; more where a CPU narrows from many."""
     return max(CPU_WIDTH, (_STEP_ON_ACCELERATORS - 1) * width)
+
+
+def next_places(unfinished: int, width: int, narrow: int, num_places: int, num_devices: int) -> int:
+    """Return how many parking places per device there are from now on.
+
+    Args:
+        unfinished: images left.
+        width: lanes per device up to now.
+        narrow: from now on.
+        num_places: places up to now.
+        num_devices: D.
+
+    Returns:
+        Those of the new width, if all images fit then; else as many as before.
+    """
+    fewer = parked_places(narrow)
+    return num_places if narrow == width or unfinished > num_devices * (narrow + fewer) else fewer
 
 
 def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
@@ -60,8 +77,7 @@ def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
     if platform == "cpu":
         if share >= width or width < CPU_WIDTH_FOR_FEW:  # whoever asked for so few lanes compiles one program
             return width
-        narrow = CPU_WIDTH if share >= CPU_WIDTH else 1
-        return narrow if share <= narrow + parked_places(narrow) else width
+        return CPU_WIDTH if share >= CPU_WIDTH else 1
     while share <= full * width and width // _STEP_ON_ACCELERATORS >= narrowest:
         width //= _STEP_ON_ACCELERATORS
     return width
@@ -82,7 +98,7 @@ class Places(NamedTuple):
     swaps: int
 
 
-def place(occupied, parked, progress, room, width: int) -> Places:
+def place(occupied, parked, progress, room, width: int, num_places: int) -> Places:
     """Deal unfinished images to lanes and parking places, those with the least progress first.
 
     Args:
@@ -91,6 +107,7 @@ def place(occupied, parked, progress, room, width: int) -> Places:
         progress: [D * (L_old + P_old)], of lanes and then of places; see `Algorithm`.
         room: [D] lanes of each device to fill; the rest is left to its queue.
         width: L, lanes per device from now on.
+        num_places: P, parking places per device from now on.
 
     Returns:
         Places; images of equal progress stay in the order of lanes, parked ones after them.
@@ -106,7 +123,7 @@ def place(occupied, parked, progress, room, width: int) -> Places:
     lanes = np.full((num_devices, width), -1)
     lanes[device[:number], depth[:number]] = images[:number]
     rest = images[number:]
-    places = np.full((num_devices, parked_places(width)), -1)
+    places = np.full((num_devices, num_places), -1)
     count = np.arange(len(rest))
     places[count % num_devices, count // num_devices] = rest
     return Places(lanes, places, int((rest < occupied.size).sum()))
@@ -161,10 +178,10 @@ class Tail:
         self._ordered = algorithm.progress is not None
         self._platform, self._narrowest = platform, narrowest
         self._sharding, self._devices = sharding, sharding.num_devices
-        none = np.zeros(self._devices, np.int32)
-        self.parked = Parked(put_idle(algorithm, sample, parked_places(width), sharding, platform),
+        none, self._places = np.zeros(self._devices, np.int32), parked_places(width)
+        self.parked = Parked(put_idle(algorithm, sample, self._places, sharding, platform),
                              *jax.device_put((none, none), sharding))
-        self._end, self._progress = none, np.zeros((self._devices, parked_places(width)))
+        self._end, self._progress = none, np.zeros((self._devices, self._places))
         self._begun = self._sweeps = False
         self._calls = 0  # since images changed places
 
@@ -183,7 +200,7 @@ class Tail:
             (state, lanes per device) for the next stretch.
         """
         occupied = (np.asarray(state.sample_id) != NO_SAMPLE).reshape(self._devices, width)
-        count = np.arange(parked_places(width))
+        count = np.arange(self._places)
         parked = (count >= begin[:, None]) & (count < self._end[:, None])
         load = occupied.sum(1) + parked.sum(1) + waiting
         self._calls += calls
@@ -195,7 +212,8 @@ class Tail:
         progress = np.concatenate([progress, self._progress.ravel()])
         # An image in a queue has more ahead than any other.
         room = narrow - np.minimum(waiting, narrow) if self._ordered else np.full(self._devices, narrow)
-        places = place(occupied, parked, progress, room, narrow)
+        num_places = next_places(int(load.sum()), width, narrow, self._places, self._devices)
+        places = place(occupied, parked, progress, room, narrow, num_places)
         # On an accelerator in turns only until all have begun: after that it gains nothing there. On CPU only
         # after that: before, it gains 2 % and whoever watches sees no image done for half of the time.
         in_turns = not waiting.any() if self._platform == "cpu" else self._sweeps or waiting.any()
@@ -205,7 +223,7 @@ class Tail:
         uneven = load.min() < width and load.max() - load.min() > least
         if narrow == width and not turn and not uneven:
             return state, width
-        self._calls, self._sweeps = 0, waiting.any()
+        self._calls, self._sweeps, self._places = 0, waiting.any(), num_places
         self._progress = progress[places.parked]
         self._end = (places.parked >= 0).sum(1).astype(np.int32)
         state, lanes = self._moved(state, places)

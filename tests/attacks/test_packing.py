@@ -7,7 +7,7 @@ import pytest
 
 from gse_jax.attacks.algorithm import NO_SAMPLE
 from gse_jax.attacks.lanes import LanesState
-from gse_jax.attacks.packing import pack, parked_places, place, tail_width
+from gse_jax.attacks.packing import next_places, pack, parked_places, place, tail_width
 
 
 def lanes_of(ids):
@@ -17,7 +17,7 @@ def lanes_of(ids):
 
 @pytest.mark.parametrize("unfinished,width,num_devices,expected", [
     (16, 8, 2, 8), (15, 8, 2, 8), (14, 8, 2, 1), (1, 8, 2, 1), (7, 4, 2, 4), (6, 4, 2, 1),
-    (8, 4, 2, 4), (3, 2, 2, 2), (1, 2, 1, 2), (1, 1, 4, 1), (500, 512, 1, 512), (32, 512, 1, 8), (7, 512, 1, 1)])
+    (8, 4, 2, 4), (3, 2, 2, 2), (1, 2, 1, 2), (1, 1, 4, 1), (512, 512, 1, 512), (511, 512, 1, 8), (7, 512, 1, 1)])
 def test_widths_on_cpu(unfinished, width, num_devices, expected):
     assert tail_width(unfinished, width, num_devices, "cpu") == expected
 
@@ -35,19 +35,21 @@ def test_nothing_is_lost_until_all_are_done(platform, xp):
     """Finish images at random, let lanes take what is parked, and change places now and then."""
     random = np.random.default_rng(0)
     for _ in range(20 if xp is np else 3):
-        devices, width = int(random.integers(1, 5)), int(random.integers(1, 9))
+        devices, width = int(random.integers(1, 5)), int(random.choice([1, 2, 4, 8, 80] if xp is np else [2, 8]))
+        spots = parked_places(width)
         ids = np.arange(devices * width)
         ids[random.random(ids.size) < 0.3] = NO_SAMPLE
         everything, done = set(ids[ids != NO_SAMPLE].tolist()), []
-        parked = lanes_of(np.full((devices, parked_places(width)), NO_SAMPLE))
+        parked = lanes_of(np.full((devices, spots), NO_SAMPLE))
         lanes, begin, end = lanes_of(ids), np.zeros(devices, int), np.zeros(devices, int)
         while unfinished := len(everything) - len(done):
             narrow = tail_width(unfinished, width, devices, platform)
-            count = np.arange(parked_places(width))
+            count = np.arange(spots)
             waits = (count >= begin[:, None]) & (count < end[:, None])
-            progress = random.random(devices * (width + parked_places(width)))
+            progress = random.random(devices * (width + spots))
             occupied = (np.asarray(lanes.sample_id) != NO_SAMPLE).reshape(devices, width)
-            places = place(occupied, waits, progress, np.full(devices, narrow), narrow)
+            spots = next_places(unfinished, width, narrow, spots, devices)
+            places = place(occupied, waits, progress, np.full(devices, narrow), narrow, spots)
             width = narrow
             lanes, parked = jax.tree.map(np.array, pack(xp, lanes, parked, places[:2]))
             begin, end = np.zeros(devices, int), (places.parked >= 0).sum(1)
@@ -68,7 +70,7 @@ def test_nothing_is_lost_until_all_are_done(platform, xp):
             for lane in np.flatnonzero(over):  # as `lanes.drain` does
                 device = lane // width
                 if begin[device] < end[device] and random.random() < 0.7:
-                    row = device * parked_places(width) + begin[device]
+                    row = device * spots + begin[device]
                     for to, of in zip(jax.tree.leaves(lanes), jax.tree.leaves(parked)):
                         to[lane] = of[row]
                     begin[device] += 1
@@ -84,11 +86,11 @@ def test_images_far_from_their_end_come_first_and_equal_ones_stay():
     occupied, none = np.asarray([[1, 1, 0], [1, 1, 1]], bool), np.zeros((2, 9), bool)
     lanes, parked = lanes_of([5, 3, NO_SAMPLE, 8, 1, 9]), lanes_of(np.full(18, NO_SAMPLE))
     progress = np.zeros(24)
-    places = place(occupied, none, progress, [1, 1], 1)
+    places = place(occupied, none, progress, [1, 1], 1, 8)
     inside, waiting = moved(lanes, parked, places)
     assert inside.tolist() == [5, 3] and waiting.tolist() == [8, 9, 1] and places.swaps == 3
     progress[:6] = [1, 1, 0, 1, 0, 0]
-    inside, waiting = moved(lanes, parked, place(occupied, none, progress, [1, 1], 1))
+    inside, waiting = moved(lanes, parked, place(occupied, none, progress, [1, 1], 1, 8))
     assert inside.tolist() == [1, 9] and waiting.tolist() == [5, 8, 3]
 
 
@@ -99,16 +101,16 @@ def test_parked_images_follow_those_in_lanes_and_a_queue_keeps_its_lanes():
     lanes = lanes_of([4, 7, NO_SAMPLE, NO_SAMPLE])
     parked = lanes_of([[0, 10, 11, *[0] * 5], [20, *[0] * 7]])
     progress = np.zeros(4 + 16)
-    inside, waiting = moved(lanes, parked, place(occupied, halfway, progress, [2, 2], 2))
+    inside, waiting = moved(lanes, parked, place(occupied, halfway, progress, [2, 2], 2, 8))
     assert inside.tolist() == [4, 20, 7, 10] and waiting.tolist() == [11]
     # A new image waits in the second device's queue: one lane of it is left idle.
-    places = place(occupied, halfway, progress, [2, 1], 2)
+    places = place(occupied, halfway, progress, [2, 1], 2, 8)
     inside, waiting = moved(lanes, parked, places)
     assert inside.tolist() == [4, 20, 7, NO_SAMPLE] and waiting.tolist() == [10, 11] and places.swaps == 0
     # The one that is parked last has most ahead.
     progress[:] = 1
     progress[4 + 2] = 0
-    places = place(occupied, halfway, progress, [1, 0], 2)
+    places = place(occupied, halfway, progress, [1, 0], 2, 8)
     inside, waiting = moved(lanes, parked, places)
     assert inside.tolist() == [11, NO_SAMPLE, NO_SAMPLE, NO_SAMPLE] and waiting.tolist() == [4, 20, 7, 10]
     assert places.swaps == 2
