@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# The workers and the processes that tests start compile many of the same programs: they share them in a
-# folder that goes with the first of them. A limit on its size, not otherwise needed, has JAX lock it.
+# The processes that tests start compile many of the same programs: they share them in a folder. A limit on
+# its size, not otherwise needed, has JAX lock it. In this process looking there costs more than it saves.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="gse_jax_tests_", ignore_cleanup_errors=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
@@ -22,6 +22,7 @@ if jax.__version_info__ < (0, 11):
     _LESS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_LESS} {os.environ.get('XLA_FLAGS', '')}"  # the user's own come last, and win
 
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
