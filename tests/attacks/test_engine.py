@@ -16,7 +16,7 @@ from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
-from gse_jax.attacks.lanes import Parked, Queue, drain, evaluate, idle_lanes
+from gse_jax.attacks.lanes import Parked, Queue, drain, evaluate, first_lanes, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
 from tests.toy_model import failing_at, golden, linear_logits, toy
 
@@ -122,6 +122,17 @@ def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     ATTACK(params, apply_fn, jnp.tile(x, (16, 1, 1, 1)), jnp.tile(y, 16))
     mixed = [both for both in seen if all(map(len, both)) and np.ptp(np.concatenate(both))]
     assert mixed and all(inside.max() <= waiting.min() for inside, waiting in mixed)
+
+
+def test_the_first_images_of_a_queue_enter_lanes_and_padding_does_not():
+    _, _, x, y = toy()
+    samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
+    for begin, end, ids in ((1, 3, [1, 2, -1, -1]), (0, 6, [0, 1, 2, 3]), (4, 4, [-1] * 4)):
+        lanes, queue = first_lanes(bound("gse", SETTINGS),
+                                   Queue(samples, *(jnp.asarray([n], jnp.int32) for n in (begin, end))), 4)
+        assert lanes.sample_id.tolist() == ids and queue.begin.tolist() == [min(begin + 4, end)]
+        taken = len([i for i in ids if i >= 0])
+        np.testing.assert_array_equal(lanes.attack.sample.x[:taken], x[begin:begin + taken])
 
 
 @pytest.mark.parametrize("num_lanes", [pytest.param(1, marks=pytest.mark.slow), 3])
