@@ -130,7 +130,7 @@ def measure(count, devices):
 def main():
     """Measure and print."""
     if sys.argv[1:2] == ["--process"]:
-        kind, count, devices = sys.argv[2:]
+        kind, count, devices, *_ = sys.argv[2:]
         if kind == "small":
             measure(int(count), int(devices))
         else:
@@ -155,7 +155,7 @@ def main():
     for part in ("small", "real") if args.smoke else args.parts:
         rows = []
         for case in (case for case in cases if case[0] == part):
-            done = subprocess.run([sys.executable, __file__, "--process", *map(str, case)],
+            done = subprocess.run([sys.executable, __file__, "--process", *map(str, case), *["--smoke"] * args.smoke],
                                   check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
             results_file.show(rows[-1])

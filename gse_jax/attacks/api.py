@@ -347,7 +347,7 @@ def _check_shard_map(arguments):
 def _on_device(outcome):
     """Return JAX arrays, or the NumPy arrays that came where the device has no room for them."""
     try:
-        return jax.block_until_ready(jax.tree.map(jnp.asarray, outcome))
+        return jax.block_until_ready(jax.device_put(outcome))
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -22,8 +22,9 @@ def is_traced(*trees) -> bool:
         True where values cannot be looked at.
     """
     leaves = jax.tree.leaves(trees)
-    # Under jit even an operation on constants is staged: a model that closes over tracers shows.
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(()) + 0.0))
+    # Under jit even an operation on a constant is staged: a model that closes over tracers shows. Outside,
+    # this one compiles nothing.
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jax.device_put(0.0)))
 
 
 def check_bounds(bounds) -> tuple[float, float]:

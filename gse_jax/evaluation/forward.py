@@ -1,11 +1,13 @@
 """Forward passes outside the attack, in batches of one shape, so that one program is compiled."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from gse_jax.attacks.precision import full_precision
+from gse_jax.attacks.program import hashable
 from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn
 
@@ -39,7 +41,7 @@ class Forward:
             image_shape: (H, W, C).
         """
         self._params = params
-        self._logits = jax.jit(full_precision(apply_fn))
+        self._logits = _jitted(hashable(apply_fn))
         self.batch = int(np.clip(_PIXELS // (image_shape[0] * image_shape[1]), 1, _LARGEST_BATCH))
 
     def __call__(self, x) -> Predictions:
@@ -66,6 +68,12 @@ class Forward:
             parts.append(logits[:len(batch)])
             start += len(batch)
         return _predictions(np.concatenate(parts))
+
+
+@functools.lru_cache(maxsize=32)
+def _jitted(apply_fn):
+    """Once per model, not once per attack on it."""
+    return jax.jit(full_precision(apply_fn))
 
 
 def _predictions(logits) -> Predictions:

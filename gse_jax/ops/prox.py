@@ -136,7 +136,10 @@ def _two_thirds_quasinorm_jvp(primals, tangents):
     size = jnp.where(z != 0.0, jnp.abs(z), 1.0)
     root = jnp.cbrt(size)
     safe_tradeoff = jnp.where(z != 0.0, tradeoff, 0.0)  # as above
-    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (safe_tradeoff / 9.0 / size) / root), 0.0)
+    # Compiled, this is a division by size * root. That underflows where z is tiny, as only a z that nothing
+    # shrinks can be.
+    curved = jnp.where(safe_tradeoff > 0.0, size, 1.0)
+    by_v = jnp.where(z != 0.0, 1.0 / (1.0 - (safe_tradeoff / 9.0 / curved) / jnp.cbrt(curved)), 0.0)
     by_tradeoff = -jnp.sign(z) / (3.0 * root) * by_v
     return z, by_v * tangents[0] + by_tradeoff * tangents[1]
 

@@ -1,5 +1,6 @@
 """GSE against the published code, stage by stage, float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,6 @@ from gse_jax import ops
 from gse_jax.attacks.gse.nesterov import Iterate, iterate
 from tests.toy_model import CASES, golden, toy
 
-import jax
-
 
 def clean_gradient(case, targeted):
     params, apply_fn, x, y = toy()
@@ -19,7 +18,7 @@ def clean_gradient(case, targeted):
     def loss(image, label):
         return ops.margin_loss(apply_fn(params, image[None])[0], label, targeted=targeted)
 
-    return jax.vmap(jax.grad(loss))(x, labels)
+    return jax.jit(jax.vmap(jax.grad(loss)))(x, labels)
 
 
 @pytest.mark.parametrize("case, domain, targeted", CASES)

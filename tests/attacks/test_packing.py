@@ -1,5 +1,7 @@
 """The tail: every unfinished image is in a lane or parked, once; lanes are full and even."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_widths_on_accelerators(unfinished, width, num_devices, expected):
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_nothing_is_lost_until_all_are_done(platform, xp):
     """Finish images at random, let lanes take what is parked, and change places now and then."""
-    random = np.random.default_rng(0)
+    random, on_device = np.random.default_rng(0), jax.jit(functools.partial(pack, jnp))
     for _ in range(20 if xp is np else 3):
         devices, width = int(random.integers(1, 5)), int(random.choice([1, 2, 4, 8, 80] if xp is np else [2, 8]))
         spots = parked_places(width)
@@ -51,7 +53,8 @@ def test_nothing_is_lost_until_all_are_done(platform, xp):
             spots = next_places(unfinished, width, narrow, spots, devices)
             places = place(occupied, waits, progress, np.full(devices, narrow), narrow, spots)
             width = narrow
-            lanes, parked = jax.tree.map(np.array, pack(xp, lanes, parked, places[:2]))
+            packed = pack(xp, lanes, parked, places[:2]) if xp is np else on_device(lanes, parked, places[:2])
+            lanes, parked = jax.tree.map(np.array, packed)
             begin, end = np.zeros(devices, int), (places.parked >= 0).sum(1)
             occupied = lanes.sample_id[lanes.sample_id != NO_SAMPLE]
             waiting = parked.sample_id[parked.sample_id != NO_SAMPLE]

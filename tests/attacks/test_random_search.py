@@ -10,6 +10,7 @@ from gse_jax.attacks.baselines import random_search_moves as moves
 from gse_jax.attacks.baselines.random_search import SparseRSSettings
 
 SHAPE = (12, 15, 3)
+MOVE_PIXELS = jax.jit(moves.move_pixels, static_argnums=2)
 
 
 def keys(count):
@@ -32,12 +33,11 @@ def test_schedule_of_the_paper():
 @pytest.mark.parametrize("fraction, count", [(0.8, 16), (0.35, 7), (0.01, 1), (1.0, 20)])
 def test_pixels_are_exchanged_within_the_budget(fraction, count):
     budget = 20
-    pattern = moves.move_pixels(jax.random.key(1), moves.empty_pattern(SHAPE), budget,
-                                jnp.asarray(fraction), jnp.asarray(True))
+    pattern = jax.device_get(MOVE_PIXELS(jax.random.key(1), moves.empty_pattern(SHAPE), budget, fraction, True))
     assert int(pattern.mask.sum()) == budget
     seen = np.zeros(SHAPE[:2], bool)
     for key in keys(40):
-        moved = moves.move_pixels(key, pattern, budget, jnp.asarray(fraction), jnp.asarray(False))
+        moved = jax.device_get(MOVE_PIXELS(key, pattern, budget, fraction, False))
         assert int(moved.mask.sum()) == budget
         gone, new = pattern.mask & ~moved.mask, moved.mask & ~pattern.mask
         assert int(gone.sum()) == int(new.sum()) == count

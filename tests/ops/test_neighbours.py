@@ -1,11 +1,14 @@
 """Dilation, blur and patch counts against naive loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gse_jax.ops import count_patches, dilate, gaussian_blur, gaussian_kernel
 
+DILATE, BLUR = jax.jit(dilate, static_argnums=1), jax.jit(gaussian_blur, static_argnums=1)
+COUNT = jax.jit(count_patches, static_argnums=1)
 SHAPES = [(8, 8), (9, 13), (32, 32), (17, 10)]
 
 
@@ -27,7 +30,7 @@ def test_dilate_equals_the_loop(shape, size):
     for mask in masks(shape):
         expected = np.array([[mask[max(0, i - r):i + r + 1, max(0, j - r):j + r + 1].any()
                               for j in range(shape[1])] for i in range(shape[0])])
-        np.testing.assert_array_equal(dilate(jnp.asarray(mask), size), expected)
+        np.testing.assert_array_equal(DILATE(mask, size), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,7 +39,7 @@ def test_count_patches_equals_the_loop(shape, patch):
     for mask in masks(shape):
         expected = sum(mask[i:i + patch, j:j + patch].any()
                        for i in range(shape[0] - patch + 1) for j in range(shape[1] - patch + 1))
-        assert int(count_patches(jnp.asarray(mask), patch)) == expected
+        assert int(COUNT(mask, patch)) == expected
 
 
 def test_patch_larger_than_the_image_is_refused():
@@ -54,7 +57,7 @@ def test_blur_equals_the_loop(shape):
     padded = np.pad(image, size // 2, mode="reflect")
     expected = np.array([[(padded[i:i + size, j:j + size] * kernel).sum()
                           for j in range(shape[1])] for i in range(shape[0])])
-    np.testing.assert_allclose(gaussian_blur(jnp.asarray(image), size, sigma), expected,
+    np.testing.assert_allclose(BLUR(image, size, sigma), expected,
                                atol=1e-12)
     np.testing.assert_allclose(gaussian_kernel(size, sigma).sum(), 1.0)
 
@@ -62,5 +65,5 @@ def test_blur_equals_the_loop(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dilation_says_where_the_blur_is_positive(shape):
     for mask in masks(shape):
-        blurred = gaussian_blur(jnp.asarray(mask, jnp.float64), 5, 1.5)
-        np.testing.assert_array_equal(dilate(jnp.asarray(mask), 5), np.asarray(blurred) > 0)
+        blurred = BLUR(mask.astype(float), 5, 1.5)
+        np.testing.assert_array_equal(DILATE(mask, 5), np.asarray(blurred) > 0)
