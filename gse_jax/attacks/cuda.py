@@ -26,6 +26,7 @@ _LOGGER = logging.getLogger("gse_jax")
 GRAPHS = {"xla_gpu_enable_command_buffer":
           "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"}
 NCHW = {"xla_gpu_force_conv_nchw": True}
+_LAYOUTS = {"xla_gpu_force_conv_nchw", "xla_gpu_force_conv_nhwc"}
 
 
 def is_cuda(device) -> bool:
@@ -42,9 +43,9 @@ def choices(jaxpr) -> list[dict]:
     Returns:
         Dicts of compiler options, all different.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     graphs = {} if "xla_gpu_enable_command_buffer" in flags else GRAPHS
-    layout = NCHW if _convolves_in_float32(jaxpr) and "xla_gpu_force_conv" not in flags else {}
+    layout = NCHW if _convolves_in_float32(jaxpr) and not flags & _LAYOUTS else {}
     # One of the two may be unknown to another version of XLA, or not work for this model.
     found = [graphs | layout, layout, graphs, {}]
     return [options for i, options in enumerate(found) if options not in found[:i]]

@@ -288,7 +288,7 @@ def test_a_poisoned_image_ends_as_non_finite_and_disturbs_no_neighbour(row):
     same(*(jax.tree.map(lambda a: a[keep], r) for r in (result, expected)))
 
 
-@pytest.mark.parametrize("row", ["fwnucl", "strattack"])
+@pytest.mark.parametrize("row", [pytest.param("fwnucl", marks=pytest.mark.slow), "strattack"])
 def test_a_gradient_that_is_not_finite_is_noticed_where_the_logits_are(row):
     """Those two do not hand every gradient to their step as it is."""
     params, apply_fn, x, y = toy()

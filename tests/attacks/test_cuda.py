@@ -7,7 +7,7 @@ import pytest
 
 import gse_jax
 from gse_jax.attacks import cuda
-from gse_jax.attacks.gse import GSESettings
+from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.attacks.precision import multiplying
 from tests.toy_model import toy
 
@@ -65,7 +65,7 @@ def attack():
     params, apply_fn, x, y = toy()
     # A model of its own: nothing is compiled yet.
     return gse_jax.attack(params, lambda params, x: apply_fn(params, x), x, y, bounds=(-1.0, 1.0), lanes=4,
-                          settings=GSESettings(num_runs=2, max_steps=10, phase1_steps=5))
+                          method="sigma_zero", settings=SigmaZeroSettings(max_steps=5))
 
 
 @pytest.fixture(scope="module")

@@ -144,10 +144,13 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
     zero = jnp.zeros(1, jnp.int32)
 
+    @jax.jit
+    def compiled(lanes, queue, parked, calls):
+        return drain(algorithm, evaluate_fn, lanes, queue, parked, capacity=12, max_iterations=calls)
+
     def run(lanes, begin, parked, calls, samples=samples):
         queue = Queue(samples, zero + begin, zero + len(samples.x))
-        return jax.jit(lambda *a: drain(algorithm, evaluate_fn, *a, capacity=12, max_iterations=calls))(
-            jax.tree.map(jnp.asarray, lanes), queue, parked)
+        return compiled(lanes, queue, parked, 10**6 if calls is None else calls)
 
     one = jax.tree.map(lambda a: a[0], samples)
     halfway, queue, _, done, _ = run(idle_lanes(algorithm, one, 4), 0, None, 3)

@@ -138,7 +138,7 @@ def test_a_constant_model_is_not_found_and_finite():
     np.testing.assert_array_equal(result.adversarials, x)
 
 
-@pytest.mark.parametrize("gap", [20.0, 26.0])
+@pytest.mark.parametrize("gap", [pytest.param(20.0, marks=pytest.mark.slow), 26.0])
 def test_pgd0_goes_as_far_in_any_range_where_the_model_is_sure(gap):
     """Its normalisation has a floor, which the tiny gradients of a sure model come near to."""
     rng = np.random.default_rng(0)

@@ -240,6 +240,7 @@ def test_real_network_fed_with_eight_bit_images(cifar):
     assert "x / 255" in named(findings, "normalisation").fix
 
 
+@pytest.mark.slow  # `gse-jax check` looks at it in the quick run
 def test_embedded_model_gives_no_false_alarm():
     apply_fn, params = models.load("resnet20", weights="digits")
     digits = data.load("digits")
