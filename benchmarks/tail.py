@@ -119,7 +119,7 @@ def replay(ends, settings, platform, order):
     made, packed, on_mesh, moved = [], [], runner.on_mesh, packing.Tail._moved
 
     def watched(program, mesh, capacity):
-        advance = on_mesh(program, mesh, capacity=capacity)
+        advance = on_mesh(program, mesh, capacity)
 
         def call(params, hyperparams, key, lanes, *rest):
             width = len(lanes.sample_id) // mesh.size

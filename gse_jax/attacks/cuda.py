@@ -71,8 +71,8 @@ def _convolutions(jaxpr):
 class Tuned:
     """A function, jitted with the fastest of `choices` that works for it.
 
-    The first call finds out which; later ones take that. (After an out-of-memory the next call tries
-    again.)
+    The first call with arguments of given shapes and dtypes finds out which; later ones take that. (After an
+    out-of-memory the next call tries again.)
     """
 
     def __init__(self, jitted, donated: int):
@@ -84,12 +84,14 @@ class Tuned:
         """
         self._jitted = functools.cache(lambda *options: jitted(dict(options)))
         self._donated = donated
-        self._chosen = None
+        self._chosen = {}  # by what the arguments look like
 
     def __call__(self, *arguments):
         """Call the function."""
-        if self._chosen is not None:
-            return self._chosen(*arguments)
+        leaves, tree = jax.tree.flatten(arguments)
+        looks = tree, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if looks in self._chosen:
+            return self._chosen[looks](*arguments)
         *first, last = self._choices(arguments)
         for options in first:
             run = self._jitted(*options.items())
@@ -97,14 +99,14 @@ class Tuned:
             copied[self._donated] = jax.tree.map(jnp.copy, arguments[self._donated])
             try:
                 result = jax.block_until_ready(run(*copied))
-                self._chosen = run
+                self._chosen[looks] = run
                 return result
             except jax.errors.JaxRuntimeError as error:
                 if is_out_of_memory(error):
                     return self._jitted(*last.items())(*arguments)
                 _LOGGER.info("compiled without %s: %s", ", ".join(options), error)
-        self._chosen = self._jitted(*last.items())
-        return self._chosen(*arguments)
+        self._chosen[looks] = self._jitted(*last.items())
+        return self._chosen[looks](*arguments)
 
     def lower(self, *arguments):
         """Lower the function with the first of its choices, as `jax.jit` does."""

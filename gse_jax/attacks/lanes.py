@@ -309,8 +309,11 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
         wants = jax.vmap(algorithm.wants_gradient)(lanes.attack)
         wants &= lanes.sample_id != NO_SAMPLE
         if not algorithm.hinged:
-            return lax.cond(jnp.any(wants), lambda s: evaluate_fn(s)[0],
-                            lambda s: forward_fn(s)[0], lanes.attack)
+            evaluation = lax.cond(jnp.any(wants), lambda s: evaluate_fn(s)[0],
+                                  lambda s: forward_fn(s)[0], lanes.attack)
+            # Who asked for none gets none, whatever the neighbours ask for.
+            none = jnp.zeros_like(evaluation.gradient)
+            return evaluation._replace(gradient=_select(wants, evaluation.gradient, none))
         evaluation, saved = forward_fn(lanes.attack)
         needed = wants & (evaluation.loss != 0.0)  # NaN included
         return evaluation._replace(

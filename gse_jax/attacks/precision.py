@@ -74,7 +74,9 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
     # What is in host memory stays there; an accelerator might not hold all of it.
     array = np if isinstance(outcome.success, np.ndarray) else jnp
     wanted = array.asarray(y if targets is None else targets).astype(np.int32)
-    holds = functools.partial(_holds(apply_fn, targets is not None), params)
+    # Not kept where the function is for this call only, see `program.hashable`.
+    build = _holds.__wrapped__ if hasattr(apply_fn, "built") else _holds
+    holds = functools.partial(build(apply_fn, targets is not None), params)
     count, batch = x.shape[0], int(np.clip(_PIXELS // (x.shape[1] * x.shape[2]), 1, _BATCH))
     # Whole batches, filled up with the last image: one program for any number.
     places = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)

@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import sys
+import types
 from typing import Any
 
 import jax
@@ -86,6 +87,17 @@ class _SameParts:
         return hash(tuple(map(id, self._leaves)))
 
 
+class _Once:
+    """A model function for one call of an attack: the next may find it changed. Equal to itself alone."""
+
+    def __init__(self, fn):
+        self._fn = fn
+        self.built = {}  # what `remembered` built for it, which goes with it
+
+    def __call__(self, params, x):
+        return self._fn(params, x)
+
+
 def hashable(apply_fn):
     """Return a hashable version of a model function, so that compiled programs can be reused.
 
@@ -94,38 +106,83 @@ def hashable(apply_fn):
 
     Returns:
         `apply_fn` itself where it can be hashed. A pytree of JAX arrays, such as an Equinox module,
-        compiles once as long as these are the same arrays. Others, and functions that name an NNX
+        compiles once as long as these are the same arrays. Others, and functions that name or hold an NNX
         module, compile anew in each call, because they may have been changed in between.
     """
     try:
         hash(apply_fn)
-        return (lambda params, x: apply_fn(params, x)) if _holds_nnx(apply_fn) else apply_fn
+        return _Once(apply_fn) if _holds_nnx(apply_fn) else apply_fn
     except TypeError:
         leaves, tree = jax.tree.flatten(apply_fn)
         if any(leaf is apply_fn or isinstance(leaf, np.ndarray) for leaf in leaves):
-            return lambda params, x: apply_fn(params, x)
+            return _Once(apply_fn)
         return _SameParts(apply_fn, leaves, tree)
 
 
+_DEEP = 6  # steps from a function to a module: a helper of a helper that holds a trainer that holds it
+
+
 def _holds_nnx(fn) -> bool:
-    """Tell whether a function is, names or is bound to an NNX module, whose weights can change."""
+    """Tell whether a function is, names or holds an NNX module, whose weights can change."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return False
-    if isinstance(fn, functools.partial):
-        return any(map(_holds_nnx, (fn.func, *fn.args, *fn.keywords.values())))
-    held = [fn, getattr(fn, "__self__", None)]
-    function = getattr(fn, "__func__", fn)
-    if inspect.isfunction(function):
-        held += [function.__globals__.get(step.argval) for step in dis.get_instructions(function)
-                 if step.opname == "LOAD_GLOBAL"]
-        for cell in function.__closure__ or ():
+    seen = set()
+
+    def holds(one, depth):
+        if isinstance(one, nnx.Module):
+            return True
+        if depth == 0 or id(one) in seen or isinstance(one, (type, types.ModuleType)):
+            return False
+        seen.add(id(one))
+        return any(holds(part, depth - 1) for part in _parts(one))
+
+    return nnx is not None and holds(fn, _DEEP)
+
+
+def _parts(one) -> list:
+    """What a function names, closes over or is bound to, or an object holds."""
+    if isinstance(one, functools.partial):
+        return [one.func, *one.args, *one.keywords.values()]
+    if isinstance(one, (list, tuple)):
+        return list(one)
+    if isinstance(one, dict):
+        return list(one.values())
+    if inspect.ismethod(one):
+        return [one.__func__, one.__self__]
+    parts = list(getattr(one, "__dict__", {}).values())
+    if inspect.isfunction(one):
+        if (one.__module__ or "").partition(".")[0] in ("jax", "flax", "gse_jax"):  # they hold no model
+            return []
+        parts += [one.__globals__.get(name) for name in _names(one.__code__)] + list(one.__defaults__ or ())
+        for cell in one.__closure__ or ():
             with contextlib.suppress(ValueError):  # empty
-                held.append(cell.cell_contents)
-    return any(isinstance(one, nnx.Module) for one in held)
+                parts.append(cell.cell_contents)
+    return parts
 
 
-@functools.lru_cache(maxsize=32)
+def _names(code) -> list:
+    """The globals that a function reads, those of the functions inside it too."""
+    names = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
+    inner = [_names(part) for part in code.co_consts if inspect.iscode(part)]
+    return names + [name for found in inner for name in found]
+
+
+def remembered(build):
+    """Cache what a function builds for a program; for a model that is for one call only, with that model."""
+    shared = functools.lru_cache(maxsize=32)(build)
+
+    @functools.wraps(build)
+    def get(program, *rest):
+        if not isinstance(program.apply_fn, _Once):
+            return shared(program, *rest)
+        built, key = program.apply_fn.built, (build, program, rest)
+        if key not in built:
+            built[key] = build(program, *rest)
+        return built[key]
+
+    return get
+
+
+@remembered
 def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
     """Compile `program` for lanes and queues spread over a mesh.
 
@@ -165,7 +222,7 @@ def on_mesh(program: Program, mesh: jax.sharding.Mesh, capacity: int):
     return cuda.Tuned(jitted, donated=3) if cuda.is_cuda(mesh.devices.flat[0]) else jitted()
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def filled_on_mesh(program: Program, mesh: jax.sharding.Mesh, num_lanes: int):
     """Compile `first_lanes` for queues spread over a mesh.
 
@@ -186,7 +243,7 @@ def filled_on_mesh(program: Program, mesh: jax.sharding.Mesh, num_lanes: int):
                                  check_vma=False), out_shardings=NamedSharding(mesh, P(AXIS)))
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def in_graph(program: Program, num_lanes: int):
     """Compile `program` as one function of all images, for use under the caller's transformations.
 

@@ -243,7 +243,7 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
     queue = queue._replace(begin=begin)
     rest = Tail(algorithm, one, width, platform, narrowest, sharding)
     while unfinished:
-        advance = on_mesh(program, mesh, capacity=(1 + per_lane) * width)
+        advance = on_mesh(program, mesh, (1 + per_lane) * width)
         with under(mesh):
             state, begin, parked_begin, finished, made, progress = advance(
                 params, hyperparams, key, state, queue, rest.parked, calls)

@@ -126,8 +126,9 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
 
     Returns:
         AttackRun. Images that the model misclassifies are not attacked and come back unchanged
-        as ALREADY_MISCLASSIFIED, those with logits that are not finite as NON_FINITE. An image whose success does not hold in the fresh pass over the
-        stored arrays (which may round differently) is counted as not found.
+        as ALREADY_MISCLASSIFIED, those with logits that are not finite as NON_FINITE. An image whose
+        success does not hold in the fresh pass over the stored arrays (which may round differently) is
+        counted as not found and comes back unchanged.
 
     Raises:
         TypeError: as `gse_jax.attack`.
@@ -152,10 +153,15 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     after = _classified(forward, adversarials)
     fooled = after[0] == targets if targets is not None else after[0] != y
     fooled &= after[0] >= 0
+    # A success that does not survive the fresh pass is none, nor a clean image that only the attack's own
+    # batch, which rounds differently, misclassified.
+    lost = np.zeros(len(x), bool)
+    lost[chosen] = np.isin(result.status, (Status.FOUND, Status.ALREADY_MISCLASSIFIED)) & ~fooled[chosen]
+    adversarials[lost] = x[lost]
+    for now, was in zip(after, before):
+        now[lost] = was[lost]
     status = np.where(before[0] < 0, Status.NON_FINITE, Status.ALREADY_MISCLASSIFIED).astype(np.int32)
-    # A success that does not survive the fresh pass is none.
-    status[chosen] = np.where((np.asarray(result.status) == Status.FOUND) & ~fooled[chosen],
-                              Status.NOT_FOUND, result.status)
+    status[chosen] = np.where(lost[chosen], Status.NOT_FOUND, result.status)
 
     def spread(values):
         full = np.zeros(len(x), values.dtype)
@@ -178,7 +184,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         targets=np.full(len(x), -1, np.int32) if targets is None else targets.astype(np.int32),
         adversarials=adversarials, success=fooled, status=status,
         gradient_evals=spread(result.gradient_evals), forward_evals=spread(result.forward_evals),
-        tradeoff=spread(result.tradeoff),
+        tradeoff=np.where(lost, result.tradeoff.dtype.type(0), spread(result.tradeoff)),
         predictions_before=before[0], predictions_after=after[0],
         confidences_before=before[1], confidences_after=after[1],
         ids=np.asarray([str(i) for i in (range(len(x)) if ids is None else ids)], str),

@@ -1,13 +1,13 @@
 """Forward passes outside the attack, in batches of one shape, so that one program is compiled."""
 
 import functools
+import sys
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from gse_jax.attacks.precision import full_precision
-from gse_jax.attacks.program import hashable
 from gse_jax.devices import is_out_of_memory
 from gse_jax.types import ApplyFn
 
@@ -41,7 +41,8 @@ class Forward:
             image_shape: (H, W, C).
         """
         self._params = params
-        self._logits = _jitted(hashable(apply_fn))
+        # Others may hold weights, which may have changed.
+        self._logits = (_jitted if _is_ours(apply_fn) else _jitted.__wrapped__)(apply_fn)
         self.batch = int(np.clip(_PIXELS // (image_shape[0] * image_shape[1]), 1, _LARGEST_BATCH))
 
     def __call__(self, x) -> Predictions:
@@ -70,9 +71,14 @@ class Forward:
         return _predictions(np.concatenate(parts))
 
 
+def _is_ours(apply_fn):
+    classifier = sys.modules.get("gse_jax.models.classifier")  # which loads flax
+    return classifier is not None and isinstance(apply_fn, classifier.Classifier)
+
+
 @functools.lru_cache(maxsize=32)
 def _jitted(apply_fn):
-    """Once per model, not once per attack on it."""
+    """Once per model of ours, not once per attack on it."""
     return jax.jit(full_precision(apply_fn))
 
 

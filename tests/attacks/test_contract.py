@@ -47,7 +47,8 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    "gse": Row(gse_jax.GSESettings(num_runs=4, max_steps=20, phase1_steps=8), targeted=True,
+    # As in `test_engine.py`: some programs are the same.
+    "gse": Row(gse_jax.GSESettings(num_runs=6, max_steps=40, phase1_steps=20), targeted=True,
                planted=gse_jax.GSESettings(), planted_hyperparams={"mu": 0.1}),
     "gse_refined": Row(GSERefinedSettings(num_runs=4, max_steps=20, phase1_steps=8, max_evals=60),
                        targeted=True, planted=GSERefinedSettings(),

@@ -12,7 +12,7 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks import METHODS, api, attack_stream, packing, runner
-from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.algorithm import Algorithm, Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
@@ -169,6 +169,30 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
          jax.tree.map(lambda a: a[jnp.asarray([2, 4, 4, 5])], expected))
     lanes, queue, parked, done, _ = run(idle, 4, Parked(halfway, zero + 1, zero + 3), 1)
     assert set(lanes.sample_id.tolist()) <= {4, 5, 1} and int(parked.begin[0]) == (2 if num_lanes == 3 else 1)
+
+
+def test_a_lane_that_asks_for_no_gradient_gets_none_whatever_its_neighbours_ask_for():
+    """Else a slope that is not finite would end an image beside some neighbours and not beside others."""
+    params, apply_fn, x, y = toy()
+
+    def wants(state):
+        return (state[0].sample_id + state[1]) % 2 == 0
+
+    def step(state, evaluation):
+        size = jnp.abs(evaluation.gradient).sum()
+        return state[0], state[1] + 1, state[2] + jnp.where(wants(state), jnp.asarray([size, 0.0]),
+                                                            jnp.asarray([0.0, size]))
+
+    algorithm = Algorithm(
+        init=lambda sample: (sample, jnp.int32(0), jnp.zeros(2)), query=lambda state: state[0].x,
+        loss=lambda state, logits: logits.sum(), step=step, done=lambda state: state[1] == 4,
+        finish=lambda state: state[2], wants_gradient=wants)
+    queue = Queue(Sample(x[:2], y[:2], -jnp.ones(2, jnp.int32), jnp.arange(2, dtype=jnp.int32)),
+                  jnp.zeros(1, jnp.int32), jnp.full(1, 2, jnp.int32))
+    evaluate_fn = functools.partial(evaluate, algorithm, functools.partial(apply_fn, params))
+    _, _, _, done, calls = jax.jit(lambda queue: drain(
+        algorithm, evaluate_fn, *first_lanes(algorithm, queue, 2), capacity=2))(queue)
+    assert int(calls[0]) == 4 and (done.outcome[:, 0] > 0.0).all() and (done.outcome[:, 1] == 0.0).all()
 
 
 def test_no_constant_of_the_model_becomes_an_argument_of_the_devices(monkeypatch):

@@ -1,6 +1,8 @@
 """Compilation and the caller's transformations."""
 
 import functools
+import gc
+import types
 from typing import Any
 
 import jax
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax.attacks import program
 from gse_jax.attacks.gse import GSESettings
 from gse_jax.attacks.program import hashable
 from tests.toy_model import toy
 
-SETTINGS = GSESettings(num_runs=4, max_steps=20, phase1_steps=8)
+SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)  # as in `test_engine.py`: one program less
 
 
 def counting_toy():
@@ -137,11 +140,18 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     scope["layer"] = None
     assert hashable(model) is model
     scope["layer"] = layer
+    holder = types.SimpleNamespace(trainer=types.SimpleNamespace(layer=layer))
+    for hidden in (lambda _, x: jax.vmap(lambda image: layer(image.reshape(-1)))(x),
+                   lambda _, x: closure(None, x), lambda _, x: holder.trainer.layer(x)):
+        assert hashable(hidden) is not hidden
+    assert hashable(toy()[1]) is toy()[1]
     for _ in range(2):
         y = np.asarray(model(None, x).argmax(-1))
         result = gse_jax.attack(None, model, x, y, settings=SMALL)
         assert (result.gradient_evals > 0).all()  # 0 where the old weights misclassify
         layer.kernel[...] = -layer.kernel[...]
+    gc.collect()  # what was compiled for it is gone
+    assert not any(isinstance(one, program._Once) for one in gc.get_objects())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 
 import gse_jax
 from gse_jax import GSESettings, Status
+from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
 from tests.toy_model import toy
 
@@ -74,7 +75,15 @@ def test_a_success_that_a_fresh_pass_denies_is_none():
     x5, y5 = jnp.repeat(x[same[:1]], 5, 0), np.repeat(np.asarray(y)[same[:1]], 5)
     run = run_attack(params, fickle, x5, y5, bounds=(-1.0, 1.0), lanes=4)
     np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
-    assert not run.success.any()
+    assert not run.success.any() and run.gradient_evals.all()
+    np.testing.assert_array_equal(run.adversarials, x5)
+    np.testing.assert_array_equal(run.predictions_after, run.predictions_before)
+    assert not run.tradeoff.any()
+    # Clean images that only the attack's batch misclassifies are no success either, and stay attacked.
+    run = run_attack(params, lambda *a: -fickle(*a) if a[1].shape[0] <= 4 else fickle(*a), x5, y5,
+                     bounds=(-1.0, 1.0), lanes=4, method="sigma_zero", settings=SigmaZeroSettings(max_steps=2))
+    np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
+    assert run.summary().asr_attacked == 0.0
 
 
 def test_explanation_of_a_model_without_features(run):
