@@ -6,7 +6,7 @@ Small images (8 x 8) and a small network, so that 100,000 of them are attacked i
 is measured is the engine: 100 ... 100,000 images on all cores, then 20,000 on 1 ... 8 CPU devices
 (more devices than cores share the cores; the total must not get worse). Then `attack_stream` with
 ResNet-20 and real CIFAR-10 images, the same 400 again and again: 400, 20,000 and again 400 in a much
-shorter attack than the default (`real`), and the same in the default one (`full`; 90 minutes on two
+shorter attack than the default (`real`), and the same in the default one (`full`; two hours on two
 cores). The bare model is
 timed between stretches of work, as in `throughput.py`, so that the machine's own drift can be told
 from the attack's. Each row is a process of its own, without compilation; a long one says every

@@ -7,8 +7,9 @@ efficiency = gradient evaluations the attack used x bare time / wall time
 lanes full = gradient evaluations the lanes made, idle ones included, x bare time / wall time
 bare       = jitted value-and-gradient of the same model on all devices in the same precision, per
              image, at the batch size where it is fastest
-tuned      = on an NVIDIA GPU: the same against the bare model with the compiler options of the attack
-             (`gse_jax/attacks/cuda.py`), which make the model itself faster
+tuned      = the same against the bare model as the attack runs it, which makes the model itself faster: on
+             CPU in a compiled loop, with rewritten convolutions (`gse_jax/attacks/convolutions.py`), on an
+             NVIDIA GPU with compiler options (`gse_jax/attacks/cuda.py`)
 
 One CPU device per core. The bare model is timed again after every second of the attack (ten on an
 accelerator), between its stretches of work, and each second is divided by the bare times on both sides of
@@ -26,12 +27,14 @@ from jax.sharding import PartitionSpec as P
 
 import results_file
 from gse_jax.attacks import cuda
+from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.precision import PRECISIONS, multiplying
 
 CPU_BATCHES, GPU_BATCHES = (4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192)  # per device
 # More images than there are, on an accelerator: the same again.
 ON_CPU, ON_ACCELERATORS = [64, 400], [1024, 10_000]
 WARM = 2048
+CALLS_IN_LOOP = 4
 # Seconds of the attack between two timings of the bare model, which takes 0.2.
 PAUSE_ON_CPU, PAUSE_ON_ACCELERATORS = 1.0, 10.0
 
@@ -42,22 +45,31 @@ class Bare:
     def __init__(self, params, apply_fn, x, precision="highest", batches=None, tuned=False):
         """Compile, and choose the fastest batch size of those for this platform, or of `batches`.
 
-        Where `tuned`, with the compiler options that an attack takes on an NVIDIA GPU.
+        Where `tuned`, as an attack runs it on this platform.
         """
         def gradient(params, x):
             with multiplying(precision):
                 value, gradient = jax.value_and_grad(lambda x: apply_fn(params, x).max(-1).sum())(x)
             return value[None], gradient
 
+        on_cpu = jax.default_backend() == "cpu"
+        self._calls = 1
+        if tuned and on_cpu:
+            rewritten, self._calls = canonical_convolutions(gradient), CALLS_IN_LOOP
+
+            def gradient(params, x):
+                return jax.lax.fori_loop(0, CALLS_IN_LOOP, lambda _, x: x - 1e-6 * rewritten(params, x)[1], x)
+
         mesh = jax.make_mesh((jax.device_count(),), ("d",),
                              axis_types=(jax.sharding.AxisType.Auto,))
         self._params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P()))
         spread = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"), check_vma=False)
-        batches = batches or (CPU_BATCHES if jax.default_backend() == "cpu" else GPU_BATCHES)
+        batches = batches or (CPU_BATCHES if on_cpu else GPU_BATCHES)
         split = jax.sharding.NamedSharding(mesh, P("d"))
         choices = [jax.device_put(np.resize(x, (b * jax.device_count(), *x.shape[1:])), split)
                    for b in batches]
-        options = cuda.choices(jax.make_jaxpr(spread)(self._params, choices[0]))[0] if tuned else None
+        on_cuda = cuda.is_cuda(jax.devices()[0])
+        options = cuda.choices(jax.make_jaxpr(spread)(self._params, choices[0]))[0] if tuned and on_cuda else None
         self._step = jax.jit(spread, compiler_options=options)
         for images in choices:
             self._time(images)
@@ -69,7 +81,7 @@ class Bare:
     def _time(self, images):
         start = time.perf_counter()
         jax.block_until_ready(self._step(self._params, images))
-        return (time.perf_counter() - start) / len(images)
+        return (time.perf_counter() - start) / (self._calls * len(images))
 
     def __call__(self):
         return float(np.median([self._time(self._images) for _ in range(5)]))
@@ -111,9 +123,9 @@ def measure(attack, bare, tuned, count, lanes):
            "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
            "efficiency": used / watch.model_times,
            "lanes_full": watch.lane_evals / watch.model_times}
-    if tuned is not None:
-        row["tuned_us"] = tuned() * 1e6
-        row["efficiency_tuned"] = row["efficiency"] * row["tuned_us"] / (bare() * 1e6)
+    if tuned is not None:  # in turn, so that the machine's drift cancels
+        ratio = float(np.median([tuned() / bare() for _ in range(5)]))
+        row["tuned_us"], row["efficiency_tuned"] = row["bare_us"] * ratio, row["efficiency"] * ratio
     return row
 
 
@@ -138,8 +150,8 @@ def main():
     if args.smoke:
         settings = gse_jax.GSESettings(num_runs=2, max_steps=5, phase1_steps=3)
     bare = Bare(params, apply_fn, images[:64], args.precision, (4,) if args.smoke else None)
-    tuned = (Bare(params, apply_fn, images[:64], args.precision, tuned=True)
-             if cuda.is_cuda(jax.devices()[0]) else None)
+    known = jax.default_backend() == "cpu" or cuda.is_cuda(jax.devices()[0])
+    tuned = Bare(params, apply_fn, images[:64], args.precision, (4,) if args.smoke else None, True) if known else None
     rows = []
     args.num = args.num or (ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS)
     for count in args.num:

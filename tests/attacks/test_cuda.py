@@ -61,6 +61,21 @@ def test_the_user_decides_what_is_in_xla_flags(monkeypatch):
         assert cuda.choices(jaxpr) == left
 
 
+def test_every_dtype_has_options_of_its_own():
+    options_of = {}
+
+    def jitted(options):
+        run = jax.jit(lambda kernel, x: convolving(kernel, x, precision=jax.lax.Precision.HIGHEST),
+                      compiler_options=options)
+        options_of[run] = options
+        return run
+
+    tuned = cuda.Tuned(jitted, donated=1)
+    for dtype in (np.float32, np.float64, np.float32):
+        assert tuned(np.ones((3, 3, 3, 3), dtype), np.ones((2, 8, 8, 3), dtype)).dtype == dtype
+    assert [options_of[run] for run in tuned._chosen.values()] == [BOTH, cuda.GRAPHS]
+
+
 def attack():
     params, apply_fn, x, y = toy()
     # A model of its own: nothing is compiled yet.
