@@ -259,16 +259,7 @@ def _versus(name, script):
 
 def lanes():
     """Efficiency over lanes."""
-    return _lanes("throughput_untargeted_lanes")
-
-
-def lanes_short():
-    """The same for thousands of lanes in a short attack."""
-    return _lanes("throughput_untargeted_lanes_6_runs")
-
-
-def _lanes(name):
-    return _table(name, {
+    return _table("throughput_untargeted_lanes", {
         "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
         "bare model, microseconds per gradient": lambda r: _microseconds(r["bare_us"]),
@@ -337,7 +328,7 @@ def main():
     tables = ((README, parity), (README, imagenet), (README, refined), (README, efficiency),
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
-              (SPEED, memory), (SPEED, lanes), (SPEED, lanes_short), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
+              (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
               (SPEED, compile_time), (SPEED, start_gpu))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
     for page, name, block in blocks:
