@@ -5,6 +5,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import sys
 import types
 from typing import Any
@@ -119,6 +120,7 @@ def hashable(apply_fn):
         return _SameParts(apply_fn, leaves, tree)
 
 
+_MANY = 1000  # a list of layers is shorter, one of images need not be looked through
 _DEEP = 6  # steps from a function to a module: a helper of a helper that holds a trainer that holds it
 
 
@@ -142,13 +144,14 @@ def _parts(one) -> list:
     """What a function names, closes over or is bound to, or an object holds."""
     if isinstance(one, functools.partial):
         return [one.func, *one.args, *one.keywords.values()]
-    if isinstance(one, (list, tuple)):
-        return list(one)
-    if isinstance(one, dict):
-        return list(one.values())
+    if isinstance(one, (list, tuple, dict)):
+        return list(itertools.islice(one.values() if isinstance(one, dict) else one, _MANY))
     if inspect.ismethod(one):
         return [one.__func__, one.__self__]
-    parts = list(getattr(one, "__dict__", {}).values())
+    try:
+        parts = list(vars(one).values())
+    except Exception:  # no attributes, or a proxy of something that is not there
+        parts = []
     if inspect.isfunction(one):
         if (one.__module__ or "").partition(".")[0] in ("jax", "flax", "gse_jax"):  # they hold no model
             return []
