@@ -7,9 +7,9 @@ efficiency = gradient evaluations the attack used x bare time / wall time
 lanes full = gradient evaluations the lanes made, idle ones included, x bare time / wall time
 bare       = jitted value-and-gradient of the same model on all devices in the same precision, per
              image, at the batch size where it is fastest
-tuned      = the same against the bare model as the attack runs it, which makes the model itself faster: on
-             CPU in a compiled loop, with rewritten convolutions (`gse_jax/attacks/convolutions.py`), on an
-             NVIDIA GPU with compiler options (`gse_jax/attacks/cuda.py`)
+tuned      = the same against the model as the attack runs it: on CPU in a compiled loop, with rewritten
+             convolutions (`gse_jax/attacks/convolutions.py`), on an NVIDIA GPU with compiler options that
+             make it faster (`gse_jax/attacks/cuda.py`)
 
 One CPU device per core. The bare model is timed again after every second of the attack (ten on an
 accelerator), between its stretches of work, and each second is divided by the bare times on both sides of

@@ -130,28 +130,31 @@ def _holds_nnx(fn) -> bool:
     seen = set()
 
     def holds(one, depth):
-        if isinstance(one, nnx.Module):
+        if issubclass(type(one), nnx.Module):
             return True
-        if depth == 0 or id(one) in seen or isinstance(one, (type, types.ModuleType)):
+        if depth == 0 or id(one) in seen:
             return False
         seen.add(id(one))
-        return any(holds(part, depth - 1) for part in _parts(one))
+        try:
+            parts = _parts(one)
+        except Exception:  # a proxy of something that is not there does not even tell its class
+            return False
+        return any(holds(part, depth - 1) for part in parts)
 
     return nnx is not None and holds(fn, _DEEP)
 
 
 def _parts(one) -> list:
     """What a function names, closes over or is bound to, or an object holds."""
+    if isinstance(one, (type, types.ModuleType)):
+        return []
     if isinstance(one, functools.partial):
         return [one.func, *one.args, *one.keywords.values()]
     if isinstance(one, (list, tuple, dict)):
         return list(itertools.islice(one.values() if isinstance(one, dict) else one, _MANY))
     if inspect.ismethod(one):
         return [one.__func__, one.__self__]
-    try:
-        parts = list(vars(one).values())
-    except Exception:  # no attributes, or a proxy of something that is not there
-        parts = []
+    parts = list(getattr(one, "__dict__", {}).values())
     if inspect.isfunction(one):
         if (one.__module__ or "").partition(".")[0] in ("jax", "flax", "gse_jax"):  # they hold no model
             return []

@@ -11,6 +11,7 @@ import gse_jax
 from gse_jax import GSESettings, Status
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
+from gse_jax.evaluation.forward import Forward
 from tests.toy_model import toy
 
 
@@ -84,6 +85,23 @@ def test_a_success_that_a_fresh_pass_denies_is_none():
                      bounds=(-1.0, 1.0), lanes=4, method="sigma_zero", settings=SigmaZeroSettings(max_steps=2))
     np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
     assert run.summary().asr_attacked == 0.0
+
+
+def test_the_fresh_pass_is_compiled_once_for_our_models_and_anew_for_functions():
+    """A function may hold weights that have changed since."""
+    from gse_jax import models
+
+    ours, params = models.load("resnet20", weights="digits")
+    assert Forward(params, ours, (32, 32, 3))._logits is Forward(params, ours, (32, 32, 3))._logits
+    kernel = np.ones((192, 3), np.float32) * np.asarray([1.0, 2.0, 3.0], np.float32)
+    x = np.ones((1, 8, 8, 3), np.float32)
+
+    def model(_, x):
+        return x.reshape(len(x), -1) @ kernel
+
+    for expected in (2, 0):
+        assert predict(None, model, x)[0] == expected
+        kernel[...] = -kernel
 
 
 def test_explanation_of_a_model_without_features(run):
