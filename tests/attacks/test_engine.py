@@ -103,6 +103,7 @@ def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
     assert len(done) == 2
 
 
+@pytest.mark.slow
 def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     """Whatever the order, results stay (above); a long image that waits would make the tail longer."""
     params, apply_fn, x, y = toy()
@@ -135,7 +136,8 @@ def test_the_first_images_of_a_queue_enter_lanes_and_padding_does_not():
         np.testing.assert_array_equal(lanes.attack.sample.x[:taken], x[begin:begin + taken])
 
 
-@pytest.mark.parametrize("num_lanes", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", [1, 3])
 def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
     """Stopped half-way, parked, and taken up behind new images, in order: the same outcomes."""
     params, apply_fn, x, y = toy()
@@ -471,6 +473,7 @@ def test_a_loader_may_fill_one_buffer_again_and_again(expected):
     np.testing.assert_allclose(found[np.argsort(ids)], expected.adversarials, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_model_may_squeeze_a_batch_of_one(expected):
     """Global pooling and `.squeeze()`: the tail's last lane, and one image, lose their batch axis."""
     params, apply_fn, x, y = toy()
@@ -524,6 +527,7 @@ def test_a_known_number_of_images_may_be_zero():
         attack_stream(params, apply_fn, [], num_images=-1, **options)
 
 
+@pytest.mark.slow
 def test_short_attacks_keep_their_lanes_busy():
     """A stretch of 32 calls takes more images than there are lanes; the queue must hold them."""
     rng = np.random.default_rng(0)

@@ -77,6 +77,7 @@ def test_full_attack(case, domain, targeted):
         np.testing.assert_array_equal(result.tradeoff, 0.0)
 
 
+@pytest.mark.slow  # the full attacks and the stages above are quick
 def test_one_run_reproduces_the_recorded_adversarial():
     """The traces' runs as a whole: a search of one run, started at the recorded trade-off."""
     params, apply_fn, x, y = toy()

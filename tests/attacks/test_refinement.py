@@ -170,7 +170,8 @@ def test_never_worse_than_what_was_given_over_random_models(objective):
     assert better == 0 if objective == "clusters" else better > 0.5 * total, (better, total)
 
 
-@pytest.mark.parametrize("targeted", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("targeted", [False, True])
 def test_the_result_of_an_attack_becomes_sparser_inside_the_caps(targeted):
     params, apply_fn, x, y = toy(jnp.float32)
     targets = (y + 2) % 5 if targeted else None

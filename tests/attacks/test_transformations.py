@@ -14,7 +14,7 @@ import gse_jax
 from gse_jax.attacks import program
 from gse_jax.attacks.gse import GSESettings
 from gse_jax.attacks.program import hashable
-from tests.toy_model import toy
+from tests.toy_model import toy, toy_logits
 
 SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)  # as in `test_engine.py`: one program less
 
@@ -91,22 +91,16 @@ def test_vmap_over_hyperparams_equals_single_calls():
 SMALL = GSESettings(num_runs=2, max_steps=6, phase1_steps=3, patch_size=4)
 
 
-def test_under_the_callers_mesh_and_inside_its_closures():
+def run(params, apply_fn=toy_logits):
+    _, _, x, y = toy()
+    return gse_jax.attack(params, apply_fn, x, y, settings=SMALL, bounds=(-1.0, 1.0)).adversarials
+
+
+def test_under_the_callers_mesh():
     params, apply_fn, x, y = toy()
-
-    def run(params, apply_fn=apply_fn):
-        return gse_jax.attack(params, apply_fn, x, y, settings=SMALL, bounds=(-1.0, 1.0)).adversarials
-
     plain = run(params)
     with jax.set_mesh(jax.make_mesh((2,), ("data",))):
         np.testing.assert_array_equal(run(params), plain)
-    # What vmap hands on is seen by no argument of the attack.
-    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
-    inside = jax.vmap(lambda p: run(None, lambda _, x: apply_fn(p, x)))(two)
-    np.testing.assert_allclose(inside, [plain, plain], atol=1e-9)
-    # An attack on known values inside the caller's eager gradient, as in `differentiable_attack`.
-    slope = jax.grad(lambda c: c * jnp.sum(run(params) - x))(1.0)
-    np.testing.assert_allclose(slope, jnp.sum(plain - x), atol=1e-9)
     spec = jax.sharding.PartitionSpec("d")
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(ValueError, match="check_vma=False"):
@@ -114,6 +108,20 @@ def test_under_the_callers_mesh_and_inside_its_closures():
                       mesh=mesh, in_specs=spec, out_specs=spec)(x, y)
 
 
+@pytest.mark.slow
+def test_inside_the_callers_closures():
+    params, apply_fn, x, _ = toy()
+    plain = run(params)
+    # What vmap hands on is seen by no argument of the attack.
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    inside = jax.vmap(lambda p: run(None, lambda _, x: apply_fn(p, x)))(two)
+    np.testing.assert_allclose(inside, [plain, plain], atol=1e-9)
+    # An attack on known values inside the caller's eager gradient, as in `differentiable_attack`.
+    slope = jax.grad(lambda c: c * jnp.sum(run(params) - x))(1.0)
+    np.testing.assert_allclose(slope, jnp.sum(plain - x), atol=1e-9)
+
+
+@pytest.mark.slow
 def test_float64_images_where_jax_has_only_float32():
     params, apply_fn, x, y = toy()
     params, x, y = jax.tree.map(np.float32, params), np.asarray(x), np.asarray(y)

@@ -129,12 +129,15 @@ def test_bounds_are_those_that_the_images_can_hold():
     assert float(x.max()) > high
     params = (PARAMS[0] / 3, PARAMS[1])
     y = np.asarray(linear_logits(params, jnp.asarray(x)).argmax(-1))
-    settings = gse_jax.GSESettings(num_runs=1, max_steps=2, phase1_steps=1)
-    result = gse_jax.attack(params, linear_logits, x, y, bounds=(low, high), settings=settings)
-    gse_jax.refine(params, linear_logits, x, result.adversarials, y, bounds=(low, high), max_evals=2)
+    calls = (lambda: gse_jax.attack(params, linear_logits, x, y + 7, bounds=(low, high)),
+             lambda: gse_jax.refine(params, linear_logits, x, x, y + 7, bounds=(low, high)))
+    for call in calls:
+        with pytest.raises(ValueError, match="y .*classes"):  # past the images: nothing is compiled
+            call()
     x[0, 0, 1] = np.nextafter(x[0, 0, 1], np.float32(np.inf))
-    with pytest.raises(ValueError, match=r"x must lie inside bounds.*x.clip\(-1.79999995\d+, 2.20000004\d+\)"):
-        gse_jax.attack(params, linear_logits, x, y, bounds=(low, high), settings=settings)
+    for call in calls:
+        with pytest.raises(ValueError, match=r"x must lie inside bounds.*x.clip\(-1.79999995\d+, 2.20000004\d+\)"):
+            call()
 
 
 def test_settings_of_a_method_of_ones_own_may_be_a_named_tuple(monkeypatch):

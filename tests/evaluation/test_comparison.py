@@ -12,7 +12,7 @@ from gse_jax.evaluation import compare, pareto
 from gse_jax.evaluation.comparison import configurations_of
 from tests.toy_model import toy
 
-METHODS = ("gse", "pgd", "pgd0")
+METHODS = ("pgd", "pgd0")
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "50" in name else []) for name in PUBLISHED])
 def test_full_size_has_the_published_parameters(name):
     module, config, num_parameters, num_tensors = PUBLISHED[name]
     shapes = jax.tree.leaves_with_path(expected_params(module, config))
@@ -152,7 +152,7 @@ def test_other_libraries_names_give_the_same_model(tmp_path, name, other):
     assert jax.tree.all(jax.tree.map(np.array_equal, params, other_params))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "50" in name else []) for name in NETWORKS])
 def test_saved_parameters_load_again(tmp_path, name):
     apply_fn, params = load(name, NETWORKS[name][0], tmp_path)
     models.save(tmp_path / "again", params)
