@@ -48,8 +48,12 @@ def _solve(matvec, rhs):
         return matvec((v, jnp.zeros_like(b)))[0]
 
     along = jnp.where(bordered, normal * (b / safe_length), 0.0)
-    inside = _conjugate_gradients(lambda v: tangential(product(v)),
-                                  tangential(a - product(along)))
+    whole = a - product(along)
+    # The derivative of the distance itself has nothing in the plane: what the projection leaves of it
+    # is rounding, off the plane too, which no number of products reduces. So it is projected twice,
+    # and measured against what there was before.
+    inside = _conjugate_gradients(lambda v: tangential(product(v)), tangential(tangential(whole)),
+                                  RELATIVE_RESIDUAL[a.dtype.name] ** 2 * jnp.sum(whole * whole))
     d = along + inside
     e = jnp.sum(normal * (a - product(d))) / safe_length
     # Without a gradient at all nothing is to be solved; 0 / 0 would spoil every other image's part.
@@ -57,10 +61,8 @@ def _solve(matvec, rhs):
     return d, jnp.where(bordered, e, jnp.where(free, b / jnp.where(free, corner, 1.0), 0.0))
 
 
-def _conjugate_gradients(product, rhs):
-    """Solve `product(v) = rhs` from v = 0 (Hestenes, Stiefel 1952)."""
-    goal = RELATIVE_RESIDUAL[rhs.dtype.name] ** 2 * jnp.sum(rhs * rhs)
-
+def _conjugate_gradients(product, rhs, goal):
+    """Solve `product(v) = rhs` from v = 0 until |residual|^2 <= goal (Hestenes, Stiefel 1952)."""
     def keep_going(carry):
         _, _, _, size, count = carry
         return (size > goal) & (count < MAX_PRODUCTS)

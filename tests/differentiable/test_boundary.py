@@ -65,6 +65,44 @@ def test_linear_model_has_the_known_solution():
     assert bool(result.support[:, :4].all()) and not bool(result.support[:, 4:].any())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_derivative_of_the_distance_alone_is_that_of_the_margin(dtype):
+    """Envelope theorem: d distance = multiplier / distance * d margin; nothing of it lies in the plane."""
+    random = np.random.default_rng(1)
+    first, second = 0.15 * random.normal(size=(64, 12)), random.normal(size=(12, 3))
+    params = first.astype(dtype), second.astype(dtype)
+
+    def apply_fn(params, x):
+        return jnp.tanh((2 * x - 1).reshape(x.shape[0], 64) @ params[0]) @ params[1]
+
+    x = random.uniform(0.1, 0.9, (64, 8, 8, 1)).astype(dtype)
+    changed = np.clip(x + 0.2 * random.normal(size=x.shape), 0.05, 0.95)
+    adversarials = np.where(random.random(x.shape) < 0.5, changed, x).astype(dtype)
+    y = np.asarray(apply_fn(params, x).argmax(-1))
+
+    def distance(params):
+        result = gse_jax.implicit_attack(params, apply_fn, x, y, adversarials=adversarials, damping=0.5,
+                                         num_steps=400)
+        return result.distance, result
+
+    slope, result = jax.jit(jax.jacrev(distance, has_aux=True))(params)
+    logits = apply_fn(params, result.adversarials)
+    other = jnp.where(jax.nn.one_hot(y, 3, dtype=bool), -jnp.inf, logits).argmax(-1)
+
+    def margin(params):
+        logits = apply_fn(params, result.adversarials)
+        each = jnp.arange(64)
+        return logits[each, y] - logits[each, other]
+
+    share = result.multiplier / result.distance
+    trusted = np.asarray(result.residual < 1e-5)
+    assert trusted.sum() > 50
+    for found, expected in zip(slope, jax.jacrev(margin)(params)):
+        expected = share[:, None, None] * expected
+        error, size = (np.abs(v[trusted]).max(axis=(1, 2)) for v in (found - expected, expected))
+        assert (error <= (1e-3 if dtype == np.float32 else 1e-8) * size).all()
+
+
 @pytest.mark.slow
 def test_implicit_equals_unrolled_where_the_residual_is_small(curved):
     params, apply_fn, x, y, adversarials = curved
