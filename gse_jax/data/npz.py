@@ -55,7 +55,7 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ArrayIm
         ids = [str(i) for i in given[:limit]]
     if images.ndim == 0 or labels.ndim == 0:
         raise ValueError(f"{source}: x and y must be arrays [N, H, W, C] and [N], got scalars")
-    names = [str(name) for name in arrays.get("class_names", ())]
+    names = [str(name) for name in np.atleast_1d(arrays.get("class_names", np.zeros(0, str)))]
     return ArrayImages(images[:limit], labels[:limit], ids, names, source=source)
 
 
@@ -77,6 +77,9 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _mapped(path: Path) -> np.ndarray | None:
     """Map `x` from the file; None where it is compressed or its header needs NumPy's own reader."""
+    with zipfile.ZipFile(path) as archive:
+        if "x.npy" not in archive.namelist():
+            return None
     with zipfile.ZipFile(path) as archive, archive.open("x.npy") as member:
         info = archive.getinfo("x.npy")
         if info.compress_type != zipfile.ZIP_STORED:

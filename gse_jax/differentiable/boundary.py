@@ -47,6 +47,7 @@ from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
 from gse_jax.attacks.program import hashable
+from gse_jax.attacks.validation import check_adversarials
 from gse_jax.differentiable.arguments import Goal, check_steps, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
 from gse_jax.metrics import changed_mask
@@ -145,9 +146,7 @@ def implicit_attack(
         adversarials = attack(fixed[0], apply_fn, fixed[1], y, targets=targets, settings=settings,
                               hyperparams=hyperparams, bounds=bounds).adversarials
     adversarials = jnp.asarray(adversarials, x.dtype)
-    if adversarials.shape != x.shape:
-        raise ValueError(f"adversarials must have the shape of x {list(x.shape)}, got "
-                         f"{list(adversarials.shape)}")
+    check_adversarials(adversarials, x, goal.bounds)
     return _solve(params, x, goal.labels(samples), lax.stop_gradient(adversarials),
                   jnp.asarray(damping, x.dtype), apply_fn=hashable(apply_fn), goal=goal,
                   num_steps=num_steps, implicit=derivative == "implicit")

@@ -30,8 +30,9 @@ class Sweep(NamedTuple):
     Attributes:
         hyperparams: GSEHyperparams, every leaf [G].
         success_rate: [G] share of all N images that came out with the wanted prediction.
-        numbers: [G, 4] ACP, ANC, l2 ([-1, 1] units) and d_{2,0}, means over the images that this
-            point's attack fooled; NaN where there are none.
+        numbers: [G, 4] ACP, ANC, l2 ([-1, 1] units) and d_{2,0} (patches of the settings'
+            `patch_size`, by which the search compares too), means over the images that this point's
+            attack fooled; NaN where there are none.
         pareto: [G] bool, the points that no other point beats (see `pareto_set`), among those that
             reach the asked success rate.
         gradient_evals: [G] gradients per image.
@@ -136,13 +137,13 @@ def sweep(
     result = _attack_grid(params, samples, tradeoff, traced, apply_fn=hashable(apply_fn), goal=goal,
                           settings=settings)
     points = [jax.tree.map(lambda leaf: leaf[g], result) for g in range(count)]
-    rows = [summary(x, point, bounds=goal.bounds) for point in points]
+    rows = [summary(x, point, bounds=goal.bounds, patch_size=settings.patch_size) for point in points]
     numbers = np.array([[_mean(s) for s in (r.changed_pixels, r.num_clusters, r.l2, r.patch_count)]
                         for r in rows])
     rate = np.array([row.asr_all for row in rows], float)
     least = rate.max() if min_success is None else min_success
     return Sweep(grid, rate, numbers, pareto_set(numbers, rate >= least),
-                 np.asarray(result.gradient_evals).mean(1), result)
+                 np.asarray(result.gradient_evals).sum(1) / max(x.shape[0], 1), result)
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "goal", "settings"))

@@ -154,8 +154,12 @@ def differentiable_attack(
                           hyperparams=fixed[2], bounds=bounds).tradeoff
         tradeoff = lax.stop_gradient(tradeoff)  # apply_fn may close over what is differentiated
     tradeoff = _checked_tradeoff(tradeoff, x)
-    return run_once(params, samples, tradeoff, hyperparams, apply_fn=hashable(apply_fn), goal=goal,
-                    settings=settings)
+    run = functools.partial(run_once, apply_fn=hashable(apply_fn), goal=goal, settings=settings)
+    if x.shape[0] == 0:  # many a model cannot take no images
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), (samples, tradeoff))
+        return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype),
+                            jax.eval_shape(run, params, *one, hyperparams))
+    return run(params, samples, tradeoff, hyperparams)
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "goal", "settings", "unrolled"))

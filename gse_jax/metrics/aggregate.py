@@ -107,6 +107,9 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
         arXiv 2311.17434.
     """
     x, adversarials = np.asarray(x), np.asarray(adversarials)
+    if x.shape != adversarials.shape:
+        raise ValueError(f"x and adversarials must have one shape [N, H, W, C]; got {x.shape} and "
+                         f"{adversarials.shape}")
     chunks = []
     # At least one chunk, so that wrong arguments are refused for N = 0 as well.
     for start in range(0, max(len(x), 1), _CHUNK):

@@ -33,6 +33,10 @@ def _as_images(x, adversarials):
         # Almost always 0-255 images against 0-1 images: every pixel would count as changed.
         raise TypeError(f"x is {x.dtype} but adversarials is {adversarials.dtype}: "
                         "bring both to one scale")
+    if floats[0] and x.dtype != adversarials.dtype:
+        # One of them was stored with fewer digits: what that changed is no perturbation.
+        narrow = min(x.dtype, adversarials.dtype, key=lambda dtype: jnp.finfo(dtype).nmant)
+        x, adversarials = x.astype(narrow), adversarials.astype(narrow)
     # At least float32: differences of uint8 wrap around, sums of squares in bfloat16 round badly.
     wide = jnp.float64 in (x.dtype, adversarials.dtype)
     dtype = jnp.float64 if wide else jnp.float32

@@ -39,13 +39,7 @@ def from_linen(module: Any, variables: Any, **options: Any) -> Adapted:
 
     if not isinstance(module, linen.Module):
         raise TypeError(f"module: got {type(module).__name__}, expected a flax.linen module")
-    accepted = inspect.signature(type(module).__call__).parameters
-    modes = {name: value for name, value in _EVALUATION.items() if name in accepted}
-    for name, value in modes.items():
-        if options.get(name, value) is not value:
-            raise TypeError(f"{name}={options[name]!r}: attacks need evaluation mode, "
-                            f"{name}={value}")
-    options = {**modes, **options}
+    options = _evaluating(module, options)
 
     def apply_fn(params, x):
         return module.apply(params, x, **options)
@@ -53,19 +47,35 @@ def from_linen(module: Any, variables: Any, **options: Any) -> Adapted:
     return apply_fn, variables
 
 
-def from_nnx(model: Any) -> Adapted:
+def _evaluating(module: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those added that choose the mode and that the module's `__call__` takes."""
+    accepted = inspect.signature(type(module).__call__).parameters
+    _refuse_training(options)
+    return {name: value for name, value in _EVALUATION.items() if name in accepted} | options
+
+
+def _refuse_training(options: dict[str, Any]) -> None:
+    for name in _EVALUATION.keys() & options.keys():
+        if options[name] is not _EVALUATION[name]:
+            raise TypeError(f"{name}={options[name]!r}: attacks need evaluation mode, "
+                            f"{name}={_EVALUATION[name]}")
+
+
+def from_nnx(model: Any, **options: Any) -> Adapted:
     """Adapt a `flax.nnx` module.
 
     Args:
       model: The module; `model(x [N, H, W, C])` returns logits. It is copied, and the copy put in
         evaluation mode.
+      options: Further arguments of the module. `train`, `training`, `is_training`,
+        `deterministic` and `use_running_average` need not be given.
 
     Returns:
       `(apply_fn, params)` for `gse_jax.attack`; `params` is a nested dict of the parameters and
       running statistics.
 
     Raises:
-      TypeError: If `model` is no NNX module.
+      TypeError: If `model` is no NNX module, or an option asks for training mode.
     """
     from flax import nnx
 
@@ -75,9 +85,10 @@ def from_nnx(model: Any) -> Adapted:
     clone.eval()
     # Keys of dropout are no parameters, and are not used in evaluation.
     graphdef, keys, state = nnx.split(clone, nnx.RngState, ...)
+    options = _evaluating(model, options)
 
     def apply_fn(params, x):
-        return nnx.merge(graphdef, keys, params)(x)
+        return nnx.merge(graphdef, keys, params)(x, **options)
 
     return apply_fn, nnx.to_pure_dict(state)
 
@@ -129,7 +140,7 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **options: Any)
       params: Its parameters.
       state: Its state where it has one, for example of BatchNorm; it is not updated.
       options: Further arguments of the function, such as `is_training=False`: Haiku does not tell
-        which it has.
+        which it has. `apply_fn` raises TypeError where the function updates its state nevertheless.
 
     Returns:
       `(apply_fn, params)` for `gse_jax.attack`; `params` holds parameters and state.
@@ -149,16 +160,18 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **options: Any)
     stateful = isinstance(transformed, haiku.TransformedWithState)
     if stateful != (state is not None):
         raise TypeError("state: haiku.transform_with_state needs it, haiku.transform has none")
-    for name in _EVALUATION.keys() & options.keys():
-        if options[name] is not _EVALUATION[name]:
-            raise TypeError(f"{name}={options[name]!r}: attacks need evaluation mode, "
-                            f"{name}={_EVALUATION[name]}")
+    _refuse_training(options)
     # No key: a function that draws random numbers is an error, not a silent coin toss.
     key = (None,) if "rng" in inspect.signature(transformed.apply).parameters else ()
 
     def apply_fn(params, x):
         if stateful:
-            return transformed.apply(*params, *key, x, **options)[0]
+            logits, new = transformed.apply(*params, *key, x, **options)
+            # Haiku hands untouched state back as it was.
+            if not all(a is b for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params[1]), strict=True)):
+                raise TypeError("transformed: the function updates its state, as in training mode; attacks need "
+                                "evaluation mode, for example from_haiku(..., is_training=False)")
+            return logits
         return transformed.apply(params, *key, x, **options)
 
     return apply_fn, (params, state) if stateful else params

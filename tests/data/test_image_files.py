@@ -69,14 +69,14 @@ def test_a_name_that_is_no_text_is_refused(folder):
         data.open_source(f"folder:{folder}")
 
 
-@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA", "ppm"])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA", "ppm of 65535", "ppm of 1023"])
 def test_colours_of_16_bits_are_refused(folder, kind):
     def chunk(name, content):
         return (struct.pack(">I", len(content)) + name + content
                 + struct.pack(">I", zlib.crc32(name + content)))
 
-    if kind == "ppm":
-        path, content = "cat/1.ppm", b"P6\n9 8\n65535\n" + bytes(9 * 8 * 6)
+    if kind.startswith("ppm"):
+        path, content = "cat/1.ppm", b"P6\n9 8\n" + kind[7:].encode() + b"\n" + bytes(9 * 8 * 6)
     else:
         code, channels = {"RGB": (2, 3), "RGBA": (6, 4), "LA": (4, 2)}[kind]
         rows = (b"\0" + bytes(9 * channels * 2)) * 8

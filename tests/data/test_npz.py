@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_relative_path_starts_from_data_dir(tmp_path):
 
 FLOATS = PIXELS / 255.0
 BAD = {
+    "scalar_names": (dict(x=PIXELS, y=LABELS, class_names=np.array("cat")), ValueError, r"class"),
     "missing_x": (dict(y=LABELS), ValueError, r"holds y, expected an array x"),
     "missing_y": (dict(x=PIXELS), ValueError, r"holds x, expected an array y"),
     "nchw": (dict(x=PIXELS.transpose(0, 3, 1, 2), y=LABELS), ValueError, r"NCHW: transpose"),
@@ -81,6 +83,14 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, case):
     with pytest.raises(error, match=message) as caught:
         data.load(write(tmp_path, **arrays))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_members_without_the_usual_ending_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name, array in (("x", PIXELS), ("y.npy", LABELS)):
+            with archive.open(name, "w") as member:
+                np.lib.format.write_array(member, array)
+    assert np.array_equal(data.load(f"npz:{tmp_path / 'set.npz'}").labels, LABELS)
 
 
 def test_limit_does_not_hide_a_length_mismatch(tmp_path):

@@ -168,6 +168,7 @@ def test_pixels_on_a_bound_stay_there():
     (dict(damping=0.0), "damping=0 must lie in"),
     (dict(num_steps=0), "num_steps must be a positive integer"),
     (dict(adversarials=np.zeros((1, 8, 8, 1))), "adversarials must have the shape of x"),
+    (dict(adversarials=np.full((1, 8, 8, 3), 200, np.uint8)), r"adversarials must be finite and inside bounds=\(0, 1\)"),
 ])
 def test_bad_arguments_are_named_in_one_line(change, message):
     params = jnp.ones((192, 2), jnp.float64), jnp.zeros(2, jnp.float64)

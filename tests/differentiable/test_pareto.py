@@ -26,7 +26,7 @@ def test_a_sweep_is_the_attacks_at_its_points_in_one_program():
               jax.random.normal(keys[1], (16, 4), jnp.float64))
     x = jax.random.uniform(keys[2], (2, 8, 8, 3), jnp.float64, -0.5, 0.5)
     y = small_logits(params, x).argmax(-1)
-    settings = gse_jax.GSESettings(num_runs=2, max_steps=20, phase1_steps=10)
+    settings = gse_jax.GSESettings(num_runs=2, max_steps=20, phase1_steps=10, patch_size=3)
     traces = []
 
     def counted(params, x):
@@ -48,9 +48,10 @@ def test_a_sweep_is_the_attacks_at_its_points_in_one_program():
         alone = gse_jax.attack(params, small_logits, x, y, settings=settings, hyperparams=point,
                                bounds=BOUNDS)
         np.testing.assert_allclose(sweep.result.adversarials[g], alone.adversarials, atol=1e-12)
-        summary = metrics.summary(x, alone, bounds=BOUNDS)
+        summary = metrics.summary(x, alone, bounds=BOUNDS, patch_size=3)
         assert sweep.success_rate[g] == summary.asr_all
         assert sweep.numbers[g, 0] == summary.changed_pixels.mean
+        assert sweep.numbers[g, 3] == summary.patch_count.mean
 
     tradeoffs = np.repeat(np.asarray(sweep.result.tradeoff[:1]), 8, axis=0)
     grid = gse_jax.GSEHyperparams(*(np.repeat(leaf[:1], 8) for leaf in sweep.hyperparams))

@@ -107,6 +107,18 @@ def test_value_is_the_ordinary_attack(problem):
     assert bool((result.gap < 0).all())
 
 
+def test_no_images_for_a_model_that_cannot_take_none():
+    settings = gse_jax.GSESettings(max_steps=5, phase1_steps=3)
+    x, y = jnp.zeros((0, 8, 8, 3)), jnp.zeros(0, jnp.int32)
+
+    def apply_fn(params, x):
+        return linear_logits(params, x.reshape(-1, 8, 8, 3) if len(x) else 1 // len(x))
+
+    result = gse_jax.differentiable_attack(linear(0.5), apply_fn, x, y, tradeoff=0.1, settings=settings)
+    assert result.adversarials.shape == x.shape and result.logits.shape == (0, 2)
+    assert result.status.shape == (0,) and result.status.dtype == jnp.int32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("targeted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_value_of_a_search_and_of_boosted_runs(targeted):

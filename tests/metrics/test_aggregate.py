@@ -96,6 +96,11 @@ def test_image_metrics_do_not_depend_on_the_chunk(monkeypatch):
     np.testing.assert_allclose(whole.l2, 2 * metrics.l2_norm(x, adversarials), rtol=1e-6)
 
 
+def test_more_of_one_than_of_the_other_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.image_metrics(np.zeros((2, 8, 8, 1), "f4"), np.zeros((3, 8, 8, 1), "f4"))
+
+
 def test_result_that_contradicts_itself_is_refused():
     x, result = make_result()
     result.success[0] = False

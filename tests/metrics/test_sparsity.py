@@ -219,3 +219,13 @@ def test_images_that_do_not_belong_together_are_refused():
         metrics.changed_pixels(x[0], adversarials[0])
     with pytest.raises(TypeError, match="one scale"):
         metrics.changed_pixels((x * 255).astype(np.uint8), adversarials)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_digits_lost_in_storing_one_of_both_are_no_change(dtype):
+    x = np.random.default_rng(0).uniform(size=(1, 8, 8, 3))
+    adversarials = x.copy()
+    adversarials[0, :2, 3] = 0.0
+    stored = jnp.asarray(adversarials, dtype)
+    assert metrics.changed_pixels(x, stored) == metrics.changed_pixels(jnp.asarray(x, dtype), adversarials) == 2
+    assert metrics.patch_count(x, stored, patch_size=2) == metrics.patch_count(x, adversarials, patch_size=2)

@@ -80,6 +80,21 @@ def test_nnx_is_copied_and_evaluated():
         adapters.from_nnx(LinenNetwork())
 
 
+def test_nnx_whose_mode_is_an_argument():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.norm, self.dense = nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)
+
+        def __call__(self, x, power=1, train=True):
+            return self.dense((self.norm(x, use_running_average=not train) ** power).mean((1, 2)))
+
+    model = Network(nnx.Rngs(0))
+    check(*adapters.from_nnx(model), model(IMAGES, train=False))
+    check(*adapters.from_nnx(model, power=2), model(IMAGES, 2, train=False))
+    with pytest.raises(TypeError, match="train=True: attacks need evaluation mode, train=False"):
+        adapters.from_nnx(model, train=True)
+
+
 def test_an_adapted_model_can_be_attacked():
     apply_fn, params = adapters.from_nnx(NnxNetwork(nnx.Rngs(0)))
     labels = np.asarray(apply_fn(params, IMAGES).argmax(-1), np.int32)
@@ -149,6 +164,11 @@ def test_haiku(without_key):
     check(*adapters.from_haiku(stateful, params, state, is_training=False), expected)
     with pytest.raises(TypeError, match="is_training=True: attacks need evaluation mode"):
         adapters.from_haiku(stateful, params, state, is_training=True)
+    apply_fn, both = adapters.from_haiku(haiku.transform_with_state(lambda x: network(x, True)), params, state)
+    for call in (apply_fn, jax.jit(apply_fn)):
+        # Haiku's statistics promote as JAX does by default.
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(TypeError, match="updates its state"):
+            call(both, IMAGES)
     with pytest.raises(TypeError, match="state: haiku.transform_with_state needs it"):
         adapters.from_haiku(stateful, params)
 
