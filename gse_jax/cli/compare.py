@@ -110,5 +110,7 @@ def _pareto(args):
     with replacing(folder / "front.npz") as file:
         np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})
     print(written[1].read_text(encoding="utf-8"))
-    print(output.clean_accuracy(int(front.attacked.sum()), len(front.attacked)))
+    print("an image that a cap leaves without success keeps that of the next larger cap: 'within the cap' "
+          "is without those")
+    print(output.clean_accuracy(int(front.correct.sum()), len(front.correct)))
     print("written: " + ", ".join(map(str, (*written, folder / "front.npz"))))

@@ -39,7 +39,7 @@ def table(run):
     total, attacked, seconds = numbers.num_images, numbers.num_attacked, run.about["seconds"]
     return [
         ("clean accuracy", share(round((run.clean_accuracy or 0) * total), total)),
-        ("attack success rate, of correctly classified",
+        ("attack success rate, of correctly classified" + " or not finite" * (numbers.num_non_finite > 0),
          share(numbers.num_found, numbers.num_attacked)),
         ("attack success rate, of all images", share(int(run.success.sum()), total)),
         ("changed pixels (ACP)", mean(numbers.changed_pixels, 2)),

@@ -138,15 +138,19 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     if x.dtype == np.float64:  # as the attack sees it
         x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
     targets = None if targets is None else np.asarray(targets)
-    validation.check_problem(params, apply_fn, x, y, targets, validation.check_bounds(bounds))
+    bounds = validation.check_bounds(bounds)
+    validation.check_problem(params, apply_fn, x, y, targets, bounds)
+    if ids is not None and len(ids) != len(x):
+        raise ValueError(f"ids must name each of the {len(x)} images, got {len(ids)}")
+    options = dict(method=method, settings=settings, hyperparams=hyperparams, bounds=bounds, key=key, lanes=lanes)
+    # Says what is wrong with them before anything compiles.
+    attack(params, apply_fn, x[:0], y[:0], targets=None if targets is None else targets[:0], **options)
     forward = Forward(params, apply_fn, x.shape[1:])
     before = _classified(forward, x)
     chosen = np.flatnonzero(before[0] == y)
     start = time.perf_counter()
     result = attack(params, apply_fn, x[chosen], y[chosen],
-                    targets=None if targets is None else targets[chosen],
-                    method=method, settings=settings, hyperparams=hyperparams, bounds=bounds,
-                    key=key, lanes=lanes, progress=progress)
+                    targets=None if targets is None else targets[chosen], progress=progress, **options)
     adversarials = x.copy()
     adversarials[chosen] = np.asarray(result.adversarials)
     seconds = time.perf_counter() - start

@@ -106,7 +106,7 @@ def configurations_of(methods: Sequence[str], domain: str | None, image_shape,
         Method name -> (settings, hyperparams).
 
     Raises:
-        ValueError: for an unknown method or domain.
+        ValueError: for an unknown method or domain, or an attack that cannot take such images.
         ImportError: if scikit-image is missing for a method with superpixels.
     """
     if domain not in (None, *_DOMAINS):
@@ -119,6 +119,7 @@ def configurations_of(methods: Sequence[str], domain: str | None, image_shape,
         if domain not in (None, "gse_paper"):
             with contextlib.suppress(ValueError):
                 found[method] = preset(method, domain, targeted)
+        METHODS[method].check(*found[method], tuple(image_shape))
         if METHODS[method].segment is not None:
             # Without images: whether scikit-image is there, if these settings need it.
             METHODS[method].segment(found[method][0], np.zeros((0, *image_shape), np.float32))

@@ -71,7 +71,8 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
         flush_samples: store after so many samples ...
         flush_seconds: ... or so many seconds; a kill costs the work since then.
         stall_seconds: end the process with `EXIT_RESUMABLE` when nothing moves for so long, as on
-            a hung device; None never.
+            a hung device; None never. A stretch of work and the pre-flight checks must be shorter.
+            With "ray" only a cluster that no longer answers counts: workers are Ray's to watch.
 
     Returns:
         Run; not `complete` as long as other shards or processes are at work.
@@ -100,8 +101,9 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
     image_bytes = int(np.prod(job.model.image_shape)) * job.model.dtype.itemsize
     samples = flush_size(flush_samples, image_bytes)
     prepare(run_dir, 2 * samples * image_bytes)
-    with Writer(run_dir, name, residue) as writer, StopSignals() as signals:
-        mismatch = _begin(job, run_dir, allow_mismatch, force)
+    with (Writer(run_dir, name, residue) as writer, StopSignals() as signals,
+          Watchdog(stall_seconds, lambda: writer.event("stalled", seconds=stall_seconds)) as watchdog):
+        mismatch = _begin(job, run_dir, allow_mismatch, force, watchdog.beat)
         if mismatch:
             writer.event("mismatch", differences=mismatch)
         work, total, resumed = _remaining(job, run_dir, residue)
@@ -110,22 +112,21 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
                      devices=len(jax.local_devices()), device_kind=device.device_kind,
                      platform=device.platform, lanes=plan.lanes, versions=versions())
         forward = Forward(job.model.params, job.model.apply_fn, job.model.image_shape)
-        watchdog = Watchdog(stall_seconds, lambda: writer.event("stalled", seconds=stall_seconds))
         with Recorder(writer, forward, job.model.bounds, samples=samples, seconds=flush_seconds,
-                      total=total, resumed=resumed) as recorder, watchdog:
-            def check_stop():
+                      total=total, resumed=resumed) as recorder:
+            def waiting():
+                watchdog.beat()
                 if signals.requested:
                     raise Preempted(signals.requested)
 
             def moved():
-                watchdog.beat()
                 if on_progress is not None:
                     on_progress(recorder.progress)
-                check_stop()
+                waiting()
 
             moved()
             if engine == "ray":
-                ray_engine.run(job, work, recorder, moved, check_stop)
+                ray_engine.run(job, work, recorder, moved, waiting)
             else:
                 _run_here(job, work, run_dir, writer, recorder, forward, moved)
         writer.event("end")
@@ -134,8 +135,10 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
 
 def _check_options(**options):
     for name, value in options.items():
-        if value is not None and (isinstance(value, bool) or not value > 0):
-            raise ValueError(f"{name} must be positive, got {value!r}")
+        if value is None and name == "stall_seconds":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 class Work(NamedTuple):
@@ -156,7 +159,7 @@ class Work(NamedTuple):
             yield job.reader.read(int(index)), cases
 
 
-def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool) -> list[str]:
+def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool, beat) -> list[str]:
     """Write the manifest, or compare with the one that is there; return allowed differences."""
     if not (run_dir / MANIFEST).is_file():
         # All processes check: each would compute with its own, possibly different, installation.
@@ -169,7 +172,7 @@ def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool) -> list[s
         # Of several processes or shards that start together one writes; the others compare.
         if jax.process_index() == 0:
             write_manifest(run_dir, {**manifest_of(job, findings, created), "forced": bool(errors)})
-        _wait_for(run_dir / MANIFEST)
+        _wait_for(run_dir / MANIFEST, beat)
     found = differences(read_manifest(run_dir)["fingerprint"], job.fingerprint)
     if found and not allow_mismatch:
         raise MismatchError(f"run directory: {run_dir} belongs to another run ("
@@ -180,12 +183,13 @@ def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool) -> list[s
     return found
 
 
-def _wait_for(path: Path):
+def _wait_for(path: Path, beat):
     end = time.monotonic() + _MANIFEST_SECONDS
     while not path.is_file():
         if time.monotonic() > end:
             raise StoreError(f"run directory: process 0 has not written {path} within "
                              f"{_MANIFEST_SECONDS:.0f} s; look at its output")
+        beat()
         time.sleep(0.2)
 
 

@@ -6,6 +6,7 @@ Devices, lanes, batch sizes and shards are left out on purpose: they change the 
 import hashlib
 import importlib.metadata
 import platform
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,39 @@ def model_name(apply_fn) -> str:
     return f"{kind.__module__}.{kind.__qualname__}({shown})"
 
 
+def program_digest(params, apply_fn, image_shape, dtype) -> str:
+    """Hash what a model function computes: two functions of one name may close over other options.
+
+    Args:
+        params: the model's parameters; their values do not matter.
+        apply_fn: (params, x) -> logits.
+        image_shape: (H, W, C).
+        dtype: of the images.
+
+    Returns:
+        JAX's version and the SHA-256, in hexadecimal, of the traced program and of the arrays that it holds.
+    """
+    images = jax.ShapeDtypeStruct((2, *image_shape), dtype)
+    closed = jax.make_jaxpr(lambda params, x: apply_fn(params, x))(params, images)
+    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(closed.jaxpr)).encode())
+    for array in _arrays_in(closed):
+        if jax.dtypes.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key):
+            array = jax.random.key_data(array)
+        array = np.asarray(array)
+        digest.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return f"{jax.__version__} {digest.hexdigest()}"
+
+
+def _arrays_in(closed):
+    """Constants of a jaxpr and of those inside it: only their shapes are in its text."""
+    yield from getattr(closed, "consts", ())
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(part, "eqns"):  # both kinds of jaxprs
+                    yield from _arrays_in(part)
+
+
 def versions() -> dict[str, str]:
     """Return the full versions of Python and of the packages that take part."""
     found = {"python": platform.python_version(), "gse_jax": gse_jax.__version__}
@@ -67,7 +101,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(*, params, apply_fn, data: str, num_samples: int, dtype, bounds, seed: int,
+def fingerprint(*, params, apply_fn, data: str, num_samples: int, image_shape, dtype, bounds, seed: int,
                 groups: Sequence[Group]) -> dict[str, Any]:
     """Collect everything that decides the results.
 
@@ -76,6 +110,7 @@ def fingerprint(*, params, apply_fn, data: str, num_samples: int, dtype, bounds,
         apply_fn: (params, x) -> logits.
         data: `sources.digest_of` the data.
         num_samples: N.
+        image_shape: (H, W, C).
         dtype: of the images.
         bounds: (low, high).
         seed: of the run.
@@ -86,7 +121,8 @@ def fingerprint(*, params, apply_fn, data: str, num_samples: int, dtype, bounds,
     """
     found = versions()
     values: dict[str, Any] = {
-        "weights": weights_digest(params), "model": model_name(apply_fn), "data": data,
+        "weights": weights_digest(params), "model": model_name(apply_fn),
+        "program of the model": program_digest(params, apply_fn, image_shape, dtype), "data": data,
         "num_samples": num_samples, "dtype": str(np.dtype(dtype)), "bounds": list(bounds),
         "seed": seed, "cases": [case.name for group in groups for case in group.cases],
     }
@@ -119,15 +155,17 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lines = []
     for name in [*stored, *(name for name in now if name not in stored)]:
         before, after = stored.get(name, "absent"), now.get(name, "absent")
+        if name == "program of the model" and before.split()[0] != after.split()[0]:
+            continue  # another version of JAX may trace another program, and old runs know none
         if before != after:
             lines.append(f"{name}: {_short(before)} in the run, now {_short(after)}")
     return lines
 
 
 def _short(value):
-    text = str(value)
-    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:12] if is_digest else text
+    before, space, last = str(value).rpartition(" ")
+    is_digest = len(last) == 64 and set(last) <= set("0123456789abcdef")
+    return before + space + (last[:12] if is_digest else last)
 
 
 def _major(version: str) -> str:

@@ -19,6 +19,7 @@ from gse_jax.types import Status
 
 CAPS = (math.inf, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5)  # on the l2 norm, images of range width 2
 NUMBERS = ("ACP", "ANC", "l2", "d_{2,0}")
+_ROUNDING = 1e-5  # of a norm computed again, relative
 
 
 class Front(NamedTuple):
@@ -27,11 +28,14 @@ class Front(NamedTuple):
     Attributes:
         methods: G names of attacks; "gse_refined" once for each cap.
         max_l2: [G] cap on the l2 norm, infinite for the other attacks.
-        attacked: [N] bool, images that the model classifies correctly; only they count.
+        correct: [N] bool, images that the model classifies correctly.
+        attacked: [N] bool, those, and images for which its logits are not finite; only they count.
         success: [G, N] bool.
         images: [G, N, 4] ACP, ANC, l2 ([-1, 1] units) and d_{2,0} of every success; NaN elsewhere.
         image_pareto: [G, N] bool, per image the points that no other point beats.
         success_rate: [G] of the attacked images.
+        success_within: [G] likewise, of a success whose l2 norm is at most `max_l2`: without those that
+            a larger cap brought.
         means: [G, 4] over the successes; NaN where there are none.
         pareto: [G] bool, points with success on every attacked image that no other such point
             beats in the mean.
@@ -41,11 +45,13 @@ class Front(NamedTuple):
 
     methods: tuple[str, ...]
     max_l2: np.ndarray
+    correct: np.ndarray
     attacked: np.ndarray
     success: np.ndarray
     images: np.ndarray
     image_pareto: np.ndarray
     success_rate: np.ndarray
+    success_within: np.ndarray
     means: np.ndarray
     pareto: np.ndarray
     gradient_evals: np.ndarray
@@ -54,13 +60,14 @@ class Front(NamedTuple):
     def rows(self) -> list[dict[str, Any]]:
         """Return the points as table rows, plain dictionaries."""
         return [{"attack": name if np.isinf(cap) else f"{name}, l2 <= {cap:g}",
-                 "attacked": int(self.attacked.sum()), "ASR": float(rate), **{number: None if np.isnan(mean) else float(mean)
-                                        for number, mean in zip(NUMBERS, means, strict=True)},
+                 "attacked": int(self.attacked.sum()), "ASR": float(rate), "ASR within the cap": float(within),
+                 **{number: None if np.isnan(mean) else float(mean)
+                    for number, mean in zip(NUMBERS, means, strict=True)},
                  "gradients": float(spent), "forwards": float(passes),
                  "on the front": "yes" if front else "no"}
-                for name, cap, rate, means, spent, passes, front in zip(
-                    self.methods, self.max_l2, self.success_rate, self.means, self.gradient_evals,
-                    self.forward_evals, self.pareto, strict=True)]
+                for name, cap, rate, within, means, spent, passes, front in zip(
+                    self.methods, self.max_l2, self.success_rate, self.success_within, self.means,
+                    self.gradient_evals, self.forward_evals, self.pareto, strict=True)]
 
 
 def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | None = None,
@@ -116,6 +123,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
 
 
 class _Point(NamedTuple):
+    correct: np.ndarray  # [N] bool
     attacked: np.ndarray  # [N] bool
     success: np.ndarray  # [N] bool
     images: np.ndarray  # [N, 4]
@@ -127,7 +135,7 @@ def _point(run: AttackRun) -> _Point:
     success = run.status == Status.FOUND
     images = np.stack([measured.changed_pixels, measured.num_clusters, measured.l2,
                        measured.patch_count], axis=-1).astype(float)
-    return _Point(run.status != Status.ALREADY_MISCLASSIFIED, success,
+    return _Point(run.predictions_before == run.y, run.status != Status.ALREADY_MISCLASSIFIED, success,
                   np.where(success[:, None], images, np.nan),
                   np.stack([run.gradient_evals, run.forward_evals], axis=-1))
 
@@ -135,9 +143,9 @@ def _point(run: AttackRun) -> _Point:
 def _completed(point: _Point, larger: _Point) -> _Point:
     """Fill in what a larger cap found where this one found nothing; both were paid for."""
     missing = ~point.success & larger.success
-    return _Point(point.attacked, point.success | missing,
-                  np.where(missing[:, None], larger.images, point.images),
-                  point.spent + missing[:, None] * larger.spent)
+    return point._replace(success=point.success | missing,
+                          images=np.where(missing[:, None], larger.images, point.images),
+                          spent=point.spent + missing[:, None] * larger.spent)
 
 
 def _front(points) -> Front:
@@ -146,10 +154,12 @@ def _front(points) -> Front:
     success, images, spent = (np.stack([getattr(p, field) for p in points])
                               for field in ("success", "images", "spent"))
     count = max(int(attacked.sum()), 1)
-    rate = success.sum(1) / count if attacked.any() else np.full(len(points), np.nan)
+    within = success & (images[..., 2] <= np.asarray(caps)[:, None] * (1 + _ROUNDING))
+    rate, rate_within = (hits.sum(1) / count if attacked.any() else np.full(len(points), np.nan)
+                         for hits in (success, within))
     means = np.stack([i[s].mean(0) if s.any() else np.full(4, np.nan)
                       for i, s in zip(images, success, strict=True)])
     of_images = np.stack([metrics.pareto_set(images[:, i], success[:, i])
                           for i in range(len(attacked))], axis=1) if len(attacked) else success
-    return Front(names, np.asarray(caps), attacked, success, images, of_images, rate, means,
-                 metrics.pareto_set(means, rate == 1.0), *(spent.sum(1) / count).T)
+    return Front(names, np.asarray(caps), points[0].correct, attacked, success, images, of_images, rate,
+                 rate_within, means, metrics.pareto_set(means, rate == 1.0), *(spent.sum(1) / count).T)

@@ -44,6 +44,8 @@ def check_shard(shard) -> tuple[int, int]:
     Raises:
         ValueError: unless 0 <= i < n.
     """
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
+        raise ValueError(f"shard must be a pair (i, n), e.g. (0, 3), got {shard!r}")
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard must be I/N with 0 <= I < N (counted from 0), got "

@@ -56,10 +56,13 @@ def set_up(plan: Plan, model=None, data=None) -> Job:
     Raises:
         ValueError, TypeError, FileNotFoundError: in one line, for anything that cannot be run.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; read a file with load_plan")
     bounds = validation.check_bounds(plan.bounds)
     validation.check_lanes(plan.lanes)
     apply_fn, params = load_model(plan, model)
-    reader = Reader(as_source(_load_data(plan) if data is None else data), bounds)
+    source = as_source(_load_data(plan)) if data is None else as_source(data, plan.limit)
+    reader = Reader(source, bounds)
     height, width, channels = reader.image_shape
     shape, dtype = (height, width, channels), reader.dtype
     num_classes, _ = validation.check_model(params, apply_fn, shape, dtype)
@@ -70,8 +73,8 @@ def set_up(plan: Plan, model=None, data=None) -> Job:
         if missing is not None:
             raise ValueError(f"plan: target_file names no target for sample {missing!r}")
     values = fingerprint(params=params, apply_fn=apply_fn, data=digest_of(reader),
-                         num_samples=len(ids), dtype=dtype, bounds=bounds, seed=plan.seed,
-                         groups=groups)
+                         num_samples=len(ids), image_shape=shape, dtype=dtype, bounds=bounds,
+                         seed=plan.seed, groups=groups)
     model = Model(params, apply_fn, shape, np.dtype(dtype), bounds, num_classes)
     # As it will be read back from the manifest: tuples become lists.
     return Job(plan, model, reader, groups, json.loads(json.dumps(values)))

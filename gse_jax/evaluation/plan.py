@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class AttackPlan:
@@ -87,7 +89,9 @@ class Plan:
     lanes: int | None = None
 
     def __post_init__(self):
-        """Refuse what cannot be run, in one line."""
+        """Refuse what cannot be run, in one line; numbers of NumPy become Python's, for the manifest."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if not self.attacks:
             raise ValueError("plan: attacks is empty, expected at least one")
         if not 0 <= self.seed < 2**32:  # JAX takes no more bits into a key
@@ -185,6 +189,17 @@ def _checked(kind, values, where):
         if not isinstance(value, types) or isinstance(value, bool):
             raise TypeError(f"{place}{name} must be {expected}, got {value!r}")
     return {name: _as_tuple(value) for name, value in values.items()}
+
+
+def _plain(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    if isinstance(value, AttackPlan):
+        return dataclasses.replace(value, **{field.name: _plain(getattr(value, field.name))
+                                             for field in dataclasses.fields(value)})
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
 def _as_tuple(value):

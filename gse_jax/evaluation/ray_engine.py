@@ -113,7 +113,7 @@ def _task(key, holder, group_index, entries):
     return attack_chunk(_fetch(key, holder[0]), group_index, entries)
 
 
-def run(job, work, recorder, moved, check_stop) -> None:
+def run(job, work, recorder, moved, waiting) -> None:
     """Attack everything that is left on a Ray cluster.
 
     Args:
@@ -121,7 +121,7 @@ def run(job, work, recorder, moved, check_stop) -> None:
         work: list of `evaluator.Work`.
         recorder: takes what is finished.
         moved: called after every finished chunk; may raise to stop.
-        check_stop: called while waiting; may raise to stop.
+        waiting: called while the cluster answers and nothing is finished; may raise to stop.
     """
     ray = require_ray()
     ours = not ray.is_initialized()
@@ -152,7 +152,7 @@ def run(job, work, recorder, moved, check_stop) -> None:
             for ref in ready:
                 pending.remove(ref)
                 recorder.add_finished(*ray.get(ref))
-            (moved if ready else check_stop)()
+            (moved if ready else waiting)()
     finally:
         for ref in pending:
             ray.cancel(ref)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from gse_jax.attacks import validation
@@ -59,11 +60,26 @@ class _InMemory:
         return self._dataset.images[index], self._dataset.labels[index]
 
 
-def as_source(data) -> ImageSource:
+class _First:
+    """The first images of a source."""
+
+    def __init__(self, source, limit):
+        self._source = source
+        self.ids = list(source.ids[:limit])
+        self.class_names = tuple(getattr(source, "class_names", ()))
+        if getattr(source, "digest", None) is not None:
+            self.digest = f"{source.digest}, the first {limit}"
+
+    def __getitem__(self, index):
+        return self._source[index]
+
+
+def as_source(data, limit: int | None = None) -> ImageSource:
     """Return `data` as a source.
 
     Args:
         data: a `gse_jax.data.Dataset` or an `ImageSource`.
+        limit: keep the first so many images; None keeps all.
 
     Returns:
         ImageSource.
@@ -81,7 +97,7 @@ def as_source(data) -> ImageSource:
         raise ValueError("data holds no images, expected at least one")
     if len({str(name) for name in data.ids}) != len(data.ids):
         raise ValueError("data has two samples with one id; ids must differ")
-    return data
+    return data if limit is None or limit >= len(data.ids) else _First(data, limit)
 
 
 class Reader:
@@ -121,6 +137,8 @@ class Reader:
         try:
             image, label = self.source[index]
             label, image = int(label), np.asarray(image)
+            if image.dtype == np.float64:  # as the attack sees it
+                image = image.astype(jax.dtypes.canonicalize_dtype(image.dtype), copy=False)
             if not self.image_shape:
                 validation.check_images(image[None], self.bounds)
             else:

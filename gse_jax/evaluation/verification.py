@@ -16,7 +16,7 @@ import numpy as np
 from gse_jax.attacks import validation
 from gse_jax.evaluation.durable import StoreError, write_file
 from gse_jax.evaluation.evaluator import MismatchError
-from gse_jax.evaluation.fingerprint import differences, model_name, weights_digest
+from gse_jax.evaluation.fingerprint import differences, model_name, program_digest, weights_digest
 from gse_jax.evaluation.forward import Forward
 from gse_jax.evaluation.job import load_model
 from gse_jax.evaluation.measuring import measure
@@ -106,8 +106,10 @@ def verify(run_dir, *, model=None, quantize: bool = False) -> Verification:
     run = open_run(run_dir)
     apply_fn, params = load_model(Plan.from_dict(run.manifest["plan"]), model)
     stored = run.manifest["fingerprint"]
-    now = {"weights": weights_digest(params), "model": model_name(apply_fn)}
-    found = differences({name: stored[name] for name in now}, now)
+    now = {"weights": weights_digest(params), "model": model_name(apply_fn),
+           "program of the model": program_digest(params, apply_fn, run.manifest["image_shape"],
+                                                  run.manifest["dtype"])}
+    found = differences({name: stored[name] for name in now if name in stored}, now)
     if found:
         raise MismatchError(f"run directory: {run_dir} was made with another model "
                             f"({'; '.join(found)}); pass the run's own model and weights")

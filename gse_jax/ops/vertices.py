@@ -50,8 +50,9 @@ def leading_pair(matrices):
     length = jnp.diagonal(power, axis1=-2, axis2=-1)
     column = jnp.argmax(length, axis=-1)[..., None, None]
     v = _normalised(jnp.take_along_axis(power, column, axis=-1)[..., 0])
-    u = jnp.einsum("...mn,...n->...m", matrices, v)
-    return jnp.sqrt(jnp.sum(u * u, axis=-1)), _normalised(u), v
+    # Of the scaled matrices: the squares of what a sure model's gradients hold would underflow.
+    u = jnp.einsum("...mn,...n->...m", scaled, v)
+    return largest[..., 0, 0] * jnp.sqrt(jnp.sum(u * u, axis=-1)), _normalised(u), v
 
 
 def _gram_power(matrices):

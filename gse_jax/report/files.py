@@ -1,6 +1,7 @@
 """Write a file whole or not at all."""
 
 import os
+import uuid
 from pathlib import Path
 
 
@@ -22,7 +23,8 @@ def write_whole(path, content):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not of the process's number: those of containers that share a folder may be equal.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

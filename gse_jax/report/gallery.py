@@ -91,7 +91,9 @@ def choose_records(records, quota):
         others += those[:max(quota // 8, 1) if found else quota]
     others = others[:max(quota // 4, 1) if found else quota]
     left = min(max(quota - len(others), 1), len(found))
-    ranks = np.linspace(0, len(found) - 1, left).round().astype(int) if left else []
+    # One place goes to the middle, not to the sparsest.
+    ranks = np.linspace(0, len(found) - 1, left) if left != 1 else [(len(found) - 1) / 2]
+    ranks = np.round(ranks).astype(int)
     return [found[i] for i in ranks] + others
 
 

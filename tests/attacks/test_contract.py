@@ -1,5 +1,6 @@
 """One table drives every attack of the registry through the engine's contract."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -379,3 +380,15 @@ def test_wrong_configurations_are_refused_in_one_line(method):
         negative = hyperparams._replace(**{hyperparams._fields[0]: -1.0})
         with pytest.raises(ValueError, match=hyperparams._fields[0]):
             METHODS[method].check(settings, negative, (224, 224, 3))
+
+
+@pytest.mark.parametrize("method, change, words", [
+    ("saif", {"halvings": 25}, "settings.halvings=25 must be at most 24"),
+    ("sparse_pgd", {"pattern": ((2, 0), (0, -1))}, "rows of 0 and 1"),
+    ("sparse_pgd", {"pattern": ((1, 1), (1,))}, "of one length"),
+    ("sparse_pgd", {"pattern": ((0, 0),)}, "with a 1"), ("sparse_pgd", {"pattern": (1, 1)}, "rows of 0 and 1")])
+def test_impossible_settings_are_refused_in_one_line(method, change, words):
+    settings, hyperparams = gse_jax.preset(method, "cifar10")
+    with pytest.raises(ValueError, match=words) as error:
+        METHODS[method].check(dataclasses.replace(settings, **change), hyperparams, (32, 32, 3))
+    assert "\n" not in str(error.value)

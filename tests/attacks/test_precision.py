@@ -114,6 +114,24 @@ def test_the_check_compiles_once_for_any_number_of_images():
     assert len(shapes) == 1
 
 
+@pytest.mark.parametrize("method", ["gse", pytest.param("homotopy", marks=pytest.mark.slow)])
+def test_an_attack_sees_the_logits_that_a_bfloat16_model_returns(method):
+    random = np.random.default_rng(0)
+    params = (random.normal(size=(432, 24)).astype("f4") / 10, random.normal(size=(24, 4)).astype("f4"))
+
+    def apply_fn(params, x):
+        first, second = (jnp.asarray(p, jnp.bfloat16) for p in params)
+        return jnp.tanh((x.reshape(len(x), -1) - 0.5).astype(jnp.bfloat16) @ first) @ second
+
+    x = random.uniform(0.2, 0.8, (32, 12, 12, 3)).astype("f4")
+    y = np.asarray(apply_fn(params, x).argmax(-1), np.int32)
+    result = gse_jax.attack(params, apply_fn, x, y, method=method, key=0)
+    assert int(result.success.sum()) >= 30
+    for call in (apply_fn, jax.jit(apply_fn)):
+        fooled = np.asarray(call(params, result.adversarials).argmax(-1)) != y
+        np.testing.assert_array_equal(fooled, result.success)
+
+
 def test_a_coarse_loop_is_checked_and_an_unknown_precision_refused():
     params, apply_fn, x, y = toy()
     results = [gse_jax.attack(params, apply_fn, x, y, bounds=(-1.0, 1.0), settings=SHORT, lanes=6,

@@ -193,6 +193,25 @@ def test_the_result_of_an_attack_becomes_sparser_inside_the_caps(targeted):
     assert np.abs(np.asarray(capped.adversarials - x)).max() <= 0.9 * (1 + 1e-5)
 
 
+def test_an_image_that_needs_the_whole_of_a_small_cap_is_inside_it():
+    """x + w is rounded to the digits of x, of which a small w has few."""
+    cap = np.float32(0.5 / 255)
+    sign = np.sign(np.random.default_rng(0).normal(size=64)).astype("f4")
+    x = np.random.default_rng(1).uniform(0.6, 0.95, (4, 8, 8, 1)).astype("f4")
+    given = x - cap * sign.reshape(8, 8, 1)
+    assert (np.abs(given.astype("f8") - x).max(axis=(1, 2, 3)) > cap * (1 + 1e-5)).all()
+
+    def apply_fn(params, x):  # class 0 until 0.9999 of the cap is used
+        score = ((x.reshape(len(x), -1) - params[None]) @ sign)[:, None]
+        return jnp.concatenate([score, jnp.zeros_like(score)], axis=1)
+
+    for image, adversarial in zip(x[:, None], given[:, None]):
+        params = image.reshape(-1) - np.float32(0.9999) * cap * sign
+        result = gse_jax.refine(params, apply_fn, image, adversarial, np.zeros(1, np.int32), max_linf=float(cap),
+                                max_evals=3)
+        assert bool(result.success[0])
+
+
 @pytest.mark.slow
 def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     """Linear model: the smallest l2 norm that fools is known."""

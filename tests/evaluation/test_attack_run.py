@@ -131,7 +131,7 @@ def test_next_class_wraps():
     np.testing.assert_array_equal(next_class([0, 8, 9], 10), [1, 9, 0])
 
 
-def test_an_image_without_finite_logits_is_told_as_such():
+def test_an_image_without_finite_logits_is_told_as_such(tmp_path):
     """The argmax of a row of NaN is 0, which would be right for a label 0 and wrong for others."""
     params, apply_fn, x, y = toy()
     marked = x[np.asarray([0, 2]), 0, 0, 0]
@@ -140,18 +140,22 @@ def test_an_image_without_finite_logits_is_told_as_such():
         bad = (images[:, 0, 0, 0, None] == marked[None]).any(1)
         return jnp.where(bad[:, None], jnp.nan, apply_fn(params, images))
 
-    run = run_attack(params, broken, x, np.asarray(y) * (np.arange(6) != 2), bounds=(-1.0, 1.0),
+    bounds = np.float32(-1.0), np.float32(1.0)
+    run = run_attack(params, broken, x, np.asarray(y) * (np.arange(6) != 2), bounds=bounds,
                      settings=GSESettings(num_runs=2, max_steps=5, phase1_steps=3))
     np.testing.assert_array_equal(run.status[[0, 2]], Status.NON_FINITE)
     np.testing.assert_array_equal(run.predictions_before[[0, 2]], -1)
     assert not run.success[[0, 2]].any()
     assert run.summary().num_non_finite == 2
+    assert load_run(save_run(run, tmp_path / "run.npz")).about["bounds"] == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(x=np.zeros((6, 3, 20, 20))), "NCHW"), (dict(y=np.eye(5)[[0] * 6]), "argmax"),
     (dict(bounds=(0.0, 1.0)), "bounds"), (dict(y=np.full(6, -1)), r"y must lie in \[0, 4\]"),
-    (dict(targets=np.full(6, 9)), "targets must lie")])
+    (dict(targets=np.full(6, 9)), "targets must lie"), (dict(lanes=0), "lanes must be"), (dict(key=-1), "key"),
+    (dict(method="gze"), "gze"), (dict(hyperparams=gse_jax.GSEHyperparams(mu=-1.0)), "mu=-1"),
+    (dict(ids=["one"]), "ids must name each of the 6 images, got 1")])
 def test_bad_input_is_refused_before_the_model_is_asked(change, words):
     params, apply_fn, x, y = toy()
 

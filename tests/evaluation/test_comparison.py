@@ -88,6 +88,13 @@ def test_the_settings_are_those_of_the_image_size(side, domain):
         configurations_of(methods, "orignal", (side, side, 3), True)
 
 
+def test_an_attack_that_cannot_take_such_images_ends_it_before_anything_runs():
+    x, ran = np.zeros((1, 8, 8, 1), np.float32), []
+    with pytest.raises(ValueError, match="settings.num_pixels=90 must lie in"):
+        pareto(None, lambda _, x: x[:, 0, :2, 0], x, np.zeros(1, int), methods=("pgd", "pgd0"), progress=ran.append)
+    assert not ran
+
+
 def test_without_scikit_image_it_ends_before_anything_runs(monkeypatch):
     params, apply_fn, x, y = toy()
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)

@@ -1,8 +1,11 @@
 """`evaluate` without faults: what the records say, resuming, and what refuses to be resumed."""
 
 import dataclasses
+import functools
 import shutil
+import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,7 +146,13 @@ def other_pixel():
     return data._replace(images=images)
 
 
+def shifted(shift):
+    """A model that closes over an option, as adapted ones do."""
+    return lambda params, x: small_logits(params, x + shift), model()[1]
+
+
 @pytest.mark.parametrize(("options", "line"), [
+    ({"model": (functools.partial(small_logits), model()[1])}, "model: .*small_logits in the run, now functools.partial"),
     ({"model": model(seed=2)}, r"weights: [0-9a-f]{12} in the run, now [0-9a-f]{12}"),
     ({"data": other_pixel()}, r"data: [0-9a-f]{12} in the run, now"),
     ({"data": dataset(30)}, "num_samples: 40 in the run, now 30"),
@@ -154,7 +163,7 @@ def other_pixel():
     ({"plan": changed("hyperparams", mu=0.5)},
      "gse/untargeted: hyperparams.mu: 1.0 in the run, now 0.5"),
     ({"plan": dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])}, "cases: .* in the run, now"),
-], ids=["weights", "pixel", "data", "seed", "bounds", "settings", "hyperparams", "cases"])
+], ids=["model", "weights", "pixel", "data", "seed", "bounds", "settings", "hyperparams", "cases"])
 def test_another_run_is_refused_with_the_difference(whole, tmp_path, options, line):
     run_dir = part_of(whole, tmp_path / "run", keep=0)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()
@@ -163,6 +172,61 @@ def test_another_run_is_refused_with_the_difference(whole, tmp_path, options, li
         evaluate_small(run_dir, **options)
     assert "allow_mismatch=True" in str(error.value) and "\n" not in str(error.value)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_model_of_the_same_name_that_computes_something_else_is_refused(tmp_path):
+    plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
+    evaluate_small(tmp_path, plan, shard=(0, 2), model=shifted(0.0))
+    evaluate_small(tmp_path, plan, shard=(0, 2), model=shifted(0.0))
+    for other in (shifted(0.1), shifted(jnp.full((1, 1, 1, 1), 0.1))):
+        with pytest.raises(MismatchError, match=r"\(program of the model: \S+ [0-9a-f]{12} in the run, now"):
+            evaluate_small(tmp_path, plan, shard=(1, 2), model=other)
+        with pytest.raises(MismatchError, match="another model .program of the model"):
+            verify(tmp_path, model=other)
+    assert verify(tmp_path, model=shifted(0.0)).ok
+
+
+def test_arrays_that_inner_programs_hold_take_part_in_the_digest():
+    from gse_jax.evaluation.fingerprint import program_digest
+
+    def digest(value, wrap):
+        kernel = np.full((12, 2), value)
+        inner = wrap(lambda x: x.reshape(len(x), -1) @ kernel)
+        return program_digest(None, lambda _, x: inner(x), (2, 2, 3), np.float64)
+
+    for wrap in (jax.jit, jax.checkpoint, lambda fn: fn):
+        assert digest(1.0, wrap) == digest(1.0, wrap) != digest(2.0, wrap)
+
+
+def test_limit_holds_for_given_data_too(tmp_path):
+    plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1], limit=np.int64(7))
+    run = evaluate_small(tmp_path, plan)
+    assert run.complete and run.total == 7 and run.manifest["plan"]["limit"] == 7
+    assert [record["sample_id"] for record in run.records] == [f"s{i:05d}" for i in range(7)]
+
+
+def test_images_are_stored_as_the_attack_sees_them(tmp_path):
+    plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1], limit=4)
+    in_float32 = small_logits, tuple(array.astype(np.float32) for array in model()[1])
+    with jax.enable_x64(False):
+        run = evaluate_small(tmp_path, plan, model=in_float32)
+    stored = [record for record in run.records if record["array"] is not None]
+    assert stored
+    for record in stored:
+        clean, adversarial = run.images(record)
+        assert clean.dtype == adversarial.dtype == np.float32
+        assert (clean != adversarial).any(-1).sum() == record["changed_pixels"]
+
+
+@pytest.mark.parametrize(("options", "kind", "line"), [
+    ({"plan": "plan.toml"}, TypeError, "plan must be a Plan, got str"),
+    ({"shard": "0/3"}, ValueError, r"shard must be a pair \(i, n\)"),
+    ({"flush_samples": "3"}, ValueError, "flush_samples must be a positive number, got '3'"),
+    ({"stall_seconds": 0}, ValueError, "stall_seconds must be a positive number, got 0"),
+])
+def test_wrong_arguments_are_named_in_one_line(tmp_path, options, kind, line):
+    with pytest.raises(kind, match=line):
+        evaluate_small(tmp_path, **options)
 
 
 def test_other_package_versions_are_refused(whole, tmp_path, monkeypatch):
@@ -228,7 +292,7 @@ def test_progress_counts_what_was_done(tmp_path):
     ({"data": dataset()._replace(ids=("same",) * 40)}, "ids must differ"),
     ({"shard": (3, 3)}, "counted from 0"),
     ({"engine": "dask"}, "engine='dask' is unknown; use one of local, distributed, ray"),
-    ({"flush_samples": 0}, "flush_samples must be positive, got 0"),
+    ({"flush_samples": 0}, "flush_samples must be a positive number, got 0"),
     ({"plan": dataclasses.replace(PLAN, lanes=0)}, "lanes must be a positive integer"),
     ({"plan": dataclasses.replace(PLAN, bounds=(1.0, 0.0))}, "low < high"),
 ])
@@ -281,6 +345,17 @@ def test_fast_writers_agree_on_one_manifest(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluator, "preflight", slow)
     assert evaluate_small(tmp_path, shard=(0, 2)).complete
+
+
+def test_the_watchdog_covers_the_pre_flight(tmp_path, monkeypatch):
+    """Where a hung device is first used."""
+    def preflight(job):
+        del job  # Unused.
+        raise RuntimeError("watched" if any(t.name == "gse-jax watchdog" for t in threading.enumerate()) else "not")
+
+    monkeypatch.setattr(evaluator, "preflight", preflight)
+    with pytest.raises(RuntimeError, match="watched"):
+        evaluate_small(tmp_path, stall_seconds=600)
 
 
 def test_images_that_need_no_attack_are_told_as_they_are_classified(tmp_path):

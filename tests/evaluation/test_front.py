@@ -27,6 +27,7 @@ def test_points_are_the_attacks_and_caps(front):
     _, points = front
     assert points.methods == ("gse_refined",) * 3 + ("pgd",)
     np.testing.assert_array_equal(points.max_l2, [math.inf, 2.0, 0.02, math.inf])
+    np.testing.assert_array_equal(points.correct, points.attacked)
     assert not points.attacked[1] and points.attacked.sum() == 5
     assert not points.success[:, 1].any() and np.isnan(points.images[:, 1]).all()
     np.testing.assert_allclose(points.success_rate, points.success[:, points.attacked].mean(1))
@@ -42,6 +43,8 @@ def test_a_small_cap_is_completed_by_the_next_larger_one(front):
     assert beyond.any()
     np.testing.assert_array_equal(points.images[2][beyond], points.images[1][beyond])
     assert points.gradient_evals[2] > points.gradient_evals[1]  # both caps are paid for
+    assert points.success_within[2] == (points.success[2] & ~beyond).sum() / 5 < points.success_rate[2]
+    assert points.success_within[0] == points.success_rate[0]
 
 
 def test_means_and_fronts_are_those_of_the_images(front):

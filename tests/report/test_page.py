@@ -186,6 +186,9 @@ def test_images_are_chosen_by_rank_and_others_by_index():
     assert [r["changed_pixels"] for r in chosen[:7]] == [51, 59, 67, 75, 84, 92, 100]
     assert [r["index"] for r in chosen[7:]] == [50]
     assert len(gallery.choose_records(records[50:], 8)) == 8
+    # One place is not the sparsest's.
+    assert [r["changed_pixels"] for r in gallery.choose_records(records[:49], 1)] == [76]
+    assert [r["changed_pixels"] for r in gallery.choose_records(records[:49] + records[50:], 2)][0] == 76
 
 
 def test_cards_hold_the_overlay_and_the_predictions(tmp_path):

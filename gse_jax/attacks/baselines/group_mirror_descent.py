@@ -13,7 +13,8 @@ References:
 Differs from the reference:
     Of the adversarial iterates the one with the fewest pixels is kept, then with the smallest l2
     norm (the code means to, but keeps the last). Superpixels are projected onto exactly, as cells are
-    (there by their largest member alone).
+    (there by their largest member alone). The projection inverts the mirror map, as mirror descent
+    does; the code projects the dual point as if it were the primal one.
 """
 
 import dataclasses

@@ -22,8 +22,10 @@ References:
 Differs from the reference:
     The extrapolation follows the nmAPG paper (the code never updates t_{k-1}) and stays in the box.
     The cap on new groups is part of the prox, so that the points that are accepted are the points
-    that were tested; if neither candidate lowers the objective, the iterate stays. Steps end at the
-    length from which on all kept entries are at their bounds. The first lambda has a closed form.
+    that were tested; if neither candidate lowers the objective, the iterate stays. Steps end at twice
+    the length that brings every kept pixel to its bound, or a superpixel's mean entry (there 1e20). It
+    gives up when more than 95 % of the values changed (there also so many new groups must have been
+    allowed, which superpixels hardly reach). The first lambda has a closed form.
     Rounds have a largest number of steps, and end at once at a fixed point, where all further steps
     are the same. The final cut is a bisection over the level (16 evaluations) where the code takes
     up to 40,000 subgradient steps of the l-infinity norm. The GSE paper's version counts values

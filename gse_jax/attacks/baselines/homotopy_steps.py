@@ -83,10 +83,10 @@ def prox_step(at: Looked, length, tradeoff, limits: Limits, segments):
 
 
 def longest_step(tradeoff, radius, entries):
-    """Return the step beyond which every kept entry of the prox is at its bound already.
+    """Return twice the step that brings every kept pixel of the prox to its bound.
 
-    An entry is kept from `radius |g| > lambda` on, and at its bound after `radius / |g|`; a
-    superpixel shares its lambda among its entries.
+    A value is kept from `radius |g| > lambda` on, and at its bound after `radius / |g|`. A superpixel
+    shares its lambda among its entries: those whose gradient is its mean get there, flatter ones may not.
 
     Args:
         tradeoff: [] lambda.

@@ -118,6 +118,9 @@ def check(settings, hyperparams, image_shape) -> None:
     configuration.check_types("saif", settings, hyperparams, SAIFSettings, SAIFHyperparams)
     configuration.check_num_pixels(settings, image_shape)
     validation.check_whole_numbers(settings, {"max_steps": 1, "halvings": 0})
+    if settings.halvings > _MOST_HALVINGS:
+        raise ValueError(f"settings.halvings={settings.halvings} must be at most {_MOST_HALVINGS}, after which "
+                         "steps are too short to move anything")
     configuration.check_numbers(hyperparams)
 
 

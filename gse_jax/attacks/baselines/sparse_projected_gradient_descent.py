@@ -153,9 +153,11 @@ def check(settings, hyperparams, image_shape) -> None:
     configuration.check_num_pixels(settings, image_shape)
     validation.check_whole_numbers(settings, {"max_steps": 1, "patience": 1, "stride": 1})
     configuration.check_numbers(hyperparams)
+    rows = settings.pattern
+    if (not all(isinstance(row, tuple) for row in rows) or len(set(map(len, rows))) != 1
+            or {value for row in rows for value in row} not in ({0, 1}, {1})):
+        raise ValueError(f"settings.pattern={rows} must be rows of 0 and 1, of one length and with a 1")
     pattern, stride = block_of(settings, image_shape)
-    if pattern.ndim != 2 or not pattern.any():
-        raise ValueError(f"settings.pattern={settings.pattern} must be rows of 0 and 1, with a 1")
     if min(grid_shape(image_shape[:2], pattern, stride)) < 1:
         raise ValueError(f"settings.pattern of {pattern.shape[0]}x{pattern.shape[1]} pixels does "
                          f"not fit into {image_shape[0]}x{image_shape[1]} pixels")

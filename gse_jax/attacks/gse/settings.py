@@ -50,7 +50,7 @@ class GSEHyperparams(NamedTuple):
     Attributes:
         mu: weight of the squared l2 norm, >= 0.
         step_size: sigma, > 0.
-        q: trade-off reduction factor, in (0, 1): a pixel far from the perturbation has its
+        q: trade-off reduction factor, > 0, in the paper below 1: a pixel far from the perturbation has its
             trade-off divided by q.
         blur_sigma: standard deviation of the blur, in pixels, > 0.
         initial_fraction: first trade-off as a fraction of the largest one that moves any pixel.

@@ -185,9 +185,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         mask = jnp.any(image != x, axis=-1)
         l2 = jnp.sqrt(jnp.sum(w * w))
         excess = jnp.maximum(l2 / params.max_l2, jnp.max(jnp.abs(w)) / params.max_linf) - 1.0
+        # Rounding of the norm, and of x + w, which a small cap feels.
+        last_digit = jnp.finfo(x.dtype).eps * max(abs(low), abs(high)) / unit
+        slack = 1e-5 + last_digit / params.max_linf
         as_float = lambda count: count.astype(x.dtype)
         score = jnp.stack([
-            jnp.where(excess > 1e-5, excess, 0.0),  # 1e-5: rounding of x + w
+            jnp.where(excess > slack, excess, 0.0),
             as_float(count_patches(mask, settings.patch_size)),
             as_float(count_clusters(mask[None])[0][0]), as_float(jnp.sum(mask, dtype=jnp.int32)), l2])
         return Anchor(image, evaluation.gradient * unit, evaluation.loss, score)
