@@ -92,7 +92,7 @@ def main():
     test_x, test_y = test_x[:args.num], test_y[:args.num]
     rows = measure("before", params, test_x, test_y, args.smoke)
     modes = ("clean", "as data", "through the attack")
-    for mode in modes[1:] if args.smoke else modes:
+    for mode in modes[2:] if args.smoke else modes:
         start = time.perf_counter()
         trained = patch_network.fit(params, x, y, steps=args.steps, batch_size=32, seed=1,
                                     learning_rate=args.learning_rate, loss=training_loss(mode))

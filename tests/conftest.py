@@ -16,8 +16,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402, reads them
 
 # Most of the time goes into compiling small programs once: less optimisation halves it, and changes no
-# more than rounding. XLA refuses unknown flags, and newer versions have one kind of emitters only.
-_LESS = "--xla_backend_optimization_level=1"
+# more than rounding. XLA refuses unknown flags, and newer versions have one kind of emitters only. Other
+# processes keep the other cores busy: splitting a program between threads only costs.
+_LESS = "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     _LESS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_LESS} {os.environ.get('XLA_FLAGS', '')}"  # the user's own come last, and win

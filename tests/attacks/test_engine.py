@@ -311,7 +311,8 @@ HINGED = bound("strattack", StrAttackSettings(num_searches=4, max_steps=30, num_
                                               retrain_steps=20), c=20.0)
 
 
-@pytest.mark.parametrize("num_lanes", [3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", [3, 6])
 def test_a_hinged_attack_takes_only_gradients_that_are_not_zero(num_lanes):
     """The images are those with a gradient in every call, but for the last bit of fused sums."""
     algorithm = HINGED
@@ -606,6 +607,7 @@ def test_a_run_is_given_up_when_its_pace_does_not_suffice():
     assert not bool(never) and float(kept) == 1.0
 
 
+@pytest.mark.slow
 def test_giving_up_saves_evaluations_and_finds_true_successes(expected):
     params, apply_fn, x, y = toy()
     settings = dataclasses.replace(SETTINGS, give_up_window=2)

@@ -62,7 +62,8 @@ def test_every_stage_of_the_traces(case, domain, targeted, image):
         tradeoff, momentum = clipped.tradeoff, float(clipped.momentum)
 
 
-@pytest.mark.parametrize("case, domain, targeted", CASES)
+@pytest.mark.parametrize("case, domain, targeted", [
+    pytest.param(*case, marks=pytest.mark.slow) if "imagenet" in case[0] else case for case in CASES])
 def test_full_attack(case, domain, targeted):
     params, apply_fn, x, y = toy()
     settings, hyperparams = gse_jax.preset("gse", domain, targeted)

@@ -125,6 +125,7 @@ def test_lambda_grows_tenfold_until_a_success_and_is_then_halved():
     np.testing.assert_allclose(seen, [0.01, 0.1, 0.055, 0.0775, 0.06625])
 
 
+@pytest.mark.slow
 def test_a_run_of_sapf_alternates_and_tests_in_budget_only():
     total = 6 + 4 + 3 + 1
     _, hyperparams = gse_jax.preset("sapf", "gse_paper")

@@ -233,6 +233,7 @@ def test_a_pytree_as_model_compiles_once():
     assert compilations(in_place) == (before, compilations(other)[1])
 
 
+@pytest.mark.slow
 def test_an_unhashable_model_is_accepted():
     params, apply_fn, x, y = toy()
 

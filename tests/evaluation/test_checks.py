@@ -213,6 +213,7 @@ def test_real_network_with_its_own_normalisation(cifar):
     assert not serious(cifar("resnet20_gse_authors", (0.5, 0.5), expected_accuracy=0.9066))
 
 
+@pytest.mark.slow  # with other networks it is quick, above
 @pytest.mark.parametrize(
     ("weights", "normalize", "words", "fix"),
     [
@@ -220,8 +221,7 @@ def test_real_network_with_its_own_normalisation(cifar):
          " mean and std that apply_fn seems to do is replaced by scaling to [-1, 1]",
          "normalize=(0.5, 0.5)"),
         pytest.param("resnet20_imagenet_norm", (0.0, 1.0), "when the images are normalised with the "
-                     "ImageNet (or a similar) mean and std", f"normalize={IMAGENET}",
-                     marks=pytest.mark.slow),
+                     "ImageNet (or a similar) mean and std", f"normalize={IMAGENET}"),
     ],
 )
 def test_real_network_with_a_wrong_normalisation(cifar, weights, normalize, words, fix):

@@ -171,6 +171,7 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     assert widths == [2, 2]  # ... and for the next start.
 
 
+@pytest.mark.slow  # the engine's own test of it is quick
 def test_out_of_memory_on_an_accelerator_loses_nothing(whole, tmp_path, monkeypatch):
     """Its outcomes come one stretch late; those that were finished before the error come too."""
     monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")

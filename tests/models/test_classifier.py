@@ -27,7 +27,8 @@ def load(path, normalize=None):
     return models.load("resnet20", weights=path, normalize=normalize)
 
 
-@pytest.mark.parametrize("normalize", [(0.5, 0.5), (0.1, 2.0), IMAGENET, (0.5, IMAGENET[1])])
+@pytest.mark.parametrize("normalize", [
+    (0.5, 0.5), IMAGENET, *(pytest.param(pair, marks=pytest.mark.slow) for pair in ((0.1, 2.0), (0.5, IMAGENET[1])))])
 def test_normalisation_happens_inside(weights, normalize):
     apply_fn, params = load(weights[0], normalize)
     identity, _ = load(weights[0], (0.0, 1.0))
