@@ -39,11 +39,10 @@ def efficiency():
     """What the loop costs beside the bare model."""
     return [*_throughput(("untargeted", "targeted")), "", "Efficiency: gradient evaluations the attack "
             "used times the bare jitted value-and-gradient of all cores at its best batch size, over "
-            "wall time, after compilation. 'Idle' includes the last forward pass of each run, whose "
+            "wall time, after compilation; of several runs the median, the lowest and the highest. 'Idle' includes the last forward pass of each run, whose "
             "gradient is not used. The bare model is timed all along: where its time differs, the machine "
             "was faster or slower. The second efficiency is against the model as it runs in the attack, in a compiled "
-            "loop with the gradients of convolutions rewritten; on a CPU that takes the same time within the noise "
-            "(0.94 to 1.03 of it)."]
+            "loop with the gradients of convolutions rewritten; on a CPU that takes the same time within the noise."]
 
 
 def efficiency_gpu():
@@ -68,9 +67,13 @@ def _throughput(names):
             lines.append(f"| {row['images']:,} | {word} | {row['ASR']:.3f} | "
                          f"{row['images_per_second']:.{2 if row['images_per_second'] < 100 else 0}f} | "
                          f"{row['evals_per_image']:.0f} | {_microseconds(row['bare_us'])} | "
-                         f"{row['efficiency']:.2f} | {_tuned(row) if tuned else ''}"
+                         f"{row['efficiency']:.2f}{_spread(row)} | {_tuned(row) if tuned else ''}"
                          f"{1 - row['efficiency'] / row['lanes_full']:.0%} |")
     return [*lines, *sources]
+
+
+def _spread(row):
+    return f" ({row['lowest_efficiency']:.2f} to {row['highest_efficiency']:.2f})" if row.get("repeats", 1) > 1 else ""
 
 
 def _tuned(row):
@@ -241,8 +244,7 @@ def versus():
 
 def versus_gpu():
     """The same on a GPU."""
-    return _versus("versus_gpu", "`benchmarks/versus.py --num 128 --batch 128 --repeats 1 --only ...`, 128 CIFAR-10 "
-                                 "images in [0, 1], authors' ResNet-20; theirs / ours")
+    return _versus("versus_gpu", "{command}, 128 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
 
 
 def _versus(name, script):
@@ -251,8 +253,8 @@ def _versus(name, script):
     return _table(name, {
         "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`",
         "seconds per image": both("seconds_per_image", "{:.3g}".format),
-        "ratio (lowest, highest of the pairs)": lambda r: (
-            f"{r['ratio']:.1f} ({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})"),
+        "ratio (lowest, highest of the pairs)": lambda r: f"{r['ratio']:.1f} " + (
+            f"({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})" if r["pairs"] > 1 else "(one pair)"),
         "our gradients": lambda r: one(r["ours_gradients"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
         "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)}, script)
 
@@ -319,8 +321,9 @@ def source(record, script):
     """One line that says what was measured where."""
     machine, versions = record["machine"], record["versions"]
     where = "cpu" if machine["platform"] == "cpu" else machine["device_kind"]
+    commit = f"commit {record['commit']}, " if record.get("commit") else ""
     return (f"({script}; {machine['cores']} {machine['cpu']} cores, {where}, "
-            f"JAX {versions['jax']}, {record['date']}, load average {record['load_average']:.1f}.)")
+            f"JAX {versions['jax']}, {commit}{record['date']}, load average {record['load_average']:.1f}.)")
 
 
 def main():

@@ -31,7 +31,7 @@ def parser(description):
 
 
 def write(name, args, rows):
-    """Write the rows with machine, versions and date; smoke results are not kept.
+    """Write the rows with machine, versions, commit and date; smoke results are not kept.
 
     Results of an accelerator go to files of their own: `<name>_gpu.json`.
     """
@@ -46,10 +46,18 @@ def write(name, args, rows):
                 "python": platform.python_version(), "numpy": np.__version__}
     command = " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     command = command.replace(f" --out {args.out}", "")
-    record = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
+    record = {"command": command, "commit": _commit(), "date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
               "load_average": os.getloadavg()[0], "rows": rows}
     suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
     (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit():
+    """The commit that is measured, with a + where files differ from it; None outside a repository."""
+    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../gse_jax", ".", ":!results").stdout.strip()
+    return head + "+" * bool(changed) if head else None
 
 
 def backend():

@@ -14,6 +14,7 @@ import gse_jax
 from gse_jax.attacks import program
 from gse_jax.attacks.gse import GSESettings
 from gse_jax.attacks.program import hashable
+from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from tests.toy_model import toy, toy_logits
 
 SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)  # as in `test_engine.py`: one program less
@@ -162,7 +163,7 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     assert hashable(unbound_user := lambda _, x: (unbound, x)) is unbound_user
     for _ in range(2):
         y = np.asarray(model(None, x).argmax(-1))
-        result = gse_jax.attack(None, model, x, y, settings=SMALL)
+        result = gse_jax.attack(None, model, x, y, method="sigma_zero", settings=SigmaZeroSettings(max_steps=2))
         assert (result.gradient_evals > 0).all()  # 0 where the old weights misclassify
         layer.kernel[...] = -layer.kernel[...]
     gc.collect()  # what was compiled for it is gone

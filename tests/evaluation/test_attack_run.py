@@ -74,7 +74,8 @@ def test_a_success_that_a_fresh_pass_denies_is_none():
 
     same = np.flatnonzero(np.asarray(y) == int(y[0]))
     x5, y5 = jnp.repeat(x[same[:1]], 5, 0), np.repeat(np.asarray(y)[same[:1]], 5)
-    run = run_attack(params, fickle, x5, y5, bounds=(-1.0, 1.0), lanes=4)
+    options = dict(bounds=(-1.0, 1.0), lanes=4, method="sigma_zero")
+    run = run_attack(params, fickle, x5, y5, settings=SigmaZeroSettings(max_steps=100), **options)
     np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
     assert not run.success.any() and run.gradient_evals.all()
     np.testing.assert_array_equal(run.adversarials, x5)
@@ -82,7 +83,7 @@ def test_a_success_that_a_fresh_pass_denies_is_none():
     assert not run.tradeoff.any()
     # Clean images that only the attack's batch misclassifies are no success either, and stay attacked.
     run = run_attack(params, lambda *a: -fickle(*a) if a[1].shape[0] <= 4 else fickle(*a), x5, y5,
-                     bounds=(-1.0, 1.0), lanes=4, method="sigma_zero", settings=SigmaZeroSettings(max_steps=2))
+                     settings=SigmaZeroSettings(max_steps=2), **options)
     np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
     assert run.summary().asr_attacked == 0.0
 
