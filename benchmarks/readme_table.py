@@ -39,8 +39,8 @@ def efficiency():
     """What the loop costs beside the bare model."""
     return [*_throughput(("untargeted", "targeted")), "", "Efficiency: gradient evaluations the attack "
             "used times the bare jitted value-and-gradient of all cores at its best batch size, over "
-            "wall time, after compilation; of several runs the median, the lowest and the highest. 'Idle' includes the last forward pass of each run, whose "
-            "gradient is not used. The bare model is timed all along: where its time differs, the machine "
+            "wall time, after compilation; of several runs the median, the lowest and the highest. 'Idle' includes "
+            "the last forward pass of each run, whose gradient is not used. The bare model is timed all along: where its time differs, the machine "
             "was faster or slower. The second efficiency is against the model as it runs in the attack, in a compiled "
             "loop with the gradients of convolutions rewritten; on a CPU that takes the same time within the noise."]
 

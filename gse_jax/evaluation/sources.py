@@ -86,7 +86,7 @@ def as_source(data, limit: int | None = None) -> ImageSource:
 
     Raises:
         TypeError: if it is neither.
-        ValueError: if it is empty or two samples have one id.
+        ValueError: if it is empty, two samples have one id, or `limit` is below 1.
     """
     if hasattr(data, "images") and hasattr(data, "labels"):
         data = _InMemory(data)
@@ -95,6 +95,8 @@ def as_source(data, limit: int | None = None) -> ImageSource:
                         f"got {type(data).__name__}")
     if len(data.ids) == 0:
         raise ValueError("data holds no images, expected at least one")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     if len({str(name) for name in data.ids}) != len(data.ids):
         raise ValueError("data has two samples with one id; ids must differ")
     return data if limit is None or limit >= len(data.ids) else _First(data, limit)

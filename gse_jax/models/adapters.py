@@ -168,7 +168,7 @@ def from_haiku(transformed: Any, params: Any, state: Any = None, **options: Any)
         if stateful:
             logits, new = transformed.apply(*params, *key, x, **options)
             # Haiku hands untouched state back as it was.
-            if not all(a is b for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params[1]), strict=True)):
+            if list(map(id, jax.tree.leaves(new))) != list(map(id, jax.tree.leaves(params[1]))):
                 raise TypeError("transformed: the function updates its state, as in training mode; attacks need "
                                 "evaluation mode, for example from_haiku(..., is_training=False)")
             return logits

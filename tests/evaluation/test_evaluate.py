@@ -220,6 +220,7 @@ def test_images_are_stored_as_the_attack_sees_them(tmp_path):
 
 @pytest.mark.parametrize(("options", "kind", "line"), [
     ({"plan": "plan.toml"}, TypeError, "plan must be a Plan, got str"),
+    ({"plan": dataclasses.replace(PLAN, limit=0)}, ValueError, "limit must be at least 1, got 0"),
     ({"shard": "0/3"}, ValueError, r"shard must be a pair \(i, n\)"),
     ({"flush_samples": "3"}, ValueError, "flush_samples must be a positive number, got '3'"),
     ({"stall_seconds": 0}, ValueError, "stall_seconds must be a positive number, got 0"),
