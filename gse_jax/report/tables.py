@@ -113,7 +113,7 @@ def require_runs(runs):
 
 
 def show_number(value):
-    """Write a number for people: four digits at most, thousands apart.
+    """Write a number for people: a count whole, else four digits at most; thousands apart.
 
     Args:
         value: number or None.
@@ -126,6 +126,8 @@ def show_number(value):
     """
     if value is None:
         return "\u2013"
+    if isinstance(value, int):  # a count
+        return f"{value:,}"
     size = abs(value)
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0 else 3
     return f"{value:,.{digits}f}"

@@ -115,7 +115,7 @@ def test_missing_numbers_are_dashes_not_zeros(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    (None, "\u2013"), (0, "0.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"),
+    (None, "\u2013"), (0.0, "0.00"), (5, "5"), (12345, "12,345"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"),
     (99.96, "100"), (1234.5, "1,234"), (-3.14159, "-3.14")])
 def test_show_number(value, words):
     assert show_number(value) == words
