@@ -1,10 +1,11 @@
 """Write the tables of README, `docs/refinement.md` and `docs/speed.md` from benchmarks/results/*.json.
 
-    python benchmarks/readme_table.py
+    python benchmarks/readme_table.py [--check]     # --check only tells which tables are not those of the results
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,13 @@ def parity():
 
 def efficiency():
     """What the loop costs beside the bare model."""
-    return [*_throughput(("untargeted", "targeted")), "", "Efficiency: gradient evaluations the attack "
+    return [*_throughput(("untargeted", "untargeted_8_lanes", "targeted")), "", "Efficiency: gradient evaluations the attack "
             "used times the bare jitted value-and-gradient of all cores at its best batch size, over "
-            "wall time, after compilation; of several runs the median, the lowest and the highest. 'Idle' includes "
-            "the last forward pass of each run, whose gradient is not used. The bare model is timed all along: where its time differs, the machine "
-            "was faster or slower. The second efficiency is against the model as it runs in the attack, in a compiled "
-            "loop with the gradients of convolutions rewritten; on a CPU that takes the same time within the noise."]
+            "wall time, after compilation; of several runs the median, the lowest and the highest. The second efficiency "
+            "is against the model as it runs in the attack, in a compiled loop with the gradients of convolutions "
+            "rewritten. Both bare models are timed all along: where their times differ from row to row, the machine was "
+            "faster or slower. 'Not used' are the model's evaluations in idle lanes, and the last forward pass of "
+            "each run, whose gradient nobody needs."]
 
 
 def efficiency_gpu():
@@ -54,8 +56,8 @@ def _throughput(names):
     records = [json.loads((RESULTS / f"throughput_{name}.json").read_text()) for name in names]
     tuned = any("tuned_us" in row for record in records for row in record["rows"])
     more = ["bare model as the attack runs it", "efficiency against that"] if tuned else []
-    columns = ["images", "attack", "ASR", "images per second", "gradients per image",
-               "bare model, microseconds per gradient", "efficiency", *more, "of which lanes idle"]
+    columns = ["images", "attack", "lanes", "ASR", "images per second", "gradients per image",
+               "bare model, microseconds per gradient", "efficiency", *more, "not used"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     sources = []
     for record in records:
@@ -64,22 +66,25 @@ def _throughput(names):
         for row in record["rows"]:
             precision = row.get("precision", "highest")
             word = row["attack"] + (f", `precision=\"{precision}\"`" if precision != "highest" else "")
-            lines.append(f"| {row['images']:,} | {word} | {row['ASR']:.3f} | "
+            lanes = row["lanes"] if row["lanes"] == "default" else f"{int(row['lanes']) * row['devices']:,}"
+            lines.append(f"| {row['images']:,} | {word} | {lanes} | {row['ASR']:.3f} | "
                          f"{row['images_per_second']:.{2 if row['images_per_second'] < 100 else 0}f} | "
                          f"{row['evals_per_image']:.0f} | {_microseconds(row['bare_us'])} | "
-                         f"{row['efficiency']:.2f}{_spread(row)} | {_tuned(row) if tuned else ''}"
+                         f"{row['efficiency']:.2f}{_spread(row, 'efficiency')} | {_tuned(row) if tuned else ''}"
                          f"{1 - row['efficiency'] / row['lanes_full']:.0%} |")
     return [*lines, *sources]
 
 
-def _spread(row):
-    return f" ({row['lowest_efficiency']:.2f} to {row['highest_efficiency']:.2f})" if row.get("repeats", 1) > 1 else ""
+def _spread(row, name):
+    if row.get("repeats", 1) == 1 or f"lowest_{name}" not in row:
+        return ""
+    return f" ({row[f'lowest_{name}']:.2f} to {row[f'highest_{name}']:.2f})"
 
 
 def _tuned(row):
     if "tuned_us" not in row:  # measured before there was such a thing
         return "- | - | "
-    return f"{_microseconds(row['tuned_us'])} | {row['efficiency_tuned']:.2f} | "
+    return (f"{_microseconds(row['tuned_us'])} | {row['efficiency_tuned']:.2f}{_spread(row, 'efficiency_tuned')} | ")
 
 
 def _microseconds(value):
@@ -87,7 +92,7 @@ def _microseconds(value):
 
 
 def start_gpu():
-    """Seconds before the first result on a GPU; `all widths` was measured with images that need one only."""
+    """Seconds before the first result on a GPU, where the default attack has not been timed."""
     return _compile_time("compile_time_gpu", "16 images of 32 x 32")
 
 
@@ -142,10 +147,10 @@ def refined():
             source(record, "`benchmarks/refinement.py`, 55 correctly classified images")]
 
 
-def draw_front(rows):
-    """Draw the page's figure."""
+def draw_front():
+    """Draw that page's figure."""
     numbers = {}
-    for row in rows:
+    for row in json.loads((RESULTS / "refinement_front.json").read_text())["rows"]:
         name = row["attack"].split(",")[0]
         numbers.setdefault(name, []).append([row[k] for k in ("ACP", "ANC", "l2", "d20", "ASR")])
     numbers = {name: np.asarray(values) for name, values in numbers.items()}
@@ -155,7 +160,7 @@ def draw_front(rows):
 
 
 def refinement():
-    """Everything measured of the refinement, for its page."""
+    """Everything measured of the refinement, for its page; `draw_front` draws its figure."""
     heads = {"front": "Untargeted, first 64 CIFAR-10 test images, authors' ResNet-20",
              "targeted": "Targeted, the same images and network",
              "network": "Another ResNet-20, the same settings",
@@ -167,7 +172,6 @@ def refinement():
         if path.exists():
             record = json.loads(path.read_text())
             if part == "front":
-                draw_front(record["rows"])
                 lines += ["![d_{2,0}, changed pixels and clusters over the l2 norm](refinement_front.png)", ""]
             lines += [*_attacks(record, head), "",
                       source(record, f"`{record.get('command', f'benchmarks/refinement.py --parts {part}')}`"), ""]
@@ -243,6 +247,12 @@ def versus():
     return _versus("versus", "{command}, 16 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
 
 
+def versus_published():
+    """Side by side with the published code of GSE."""
+    return _versus("versus_published", "{command}, 55 correctly classified ones of the first 64 CIFAR-10 test images in "
+                   "[0, 1], authors' ResNet-20; theirs / ours")
+
+
 def versus_gpu():
     """The same on a GPU."""
     return _versus("versus_gpu", "{command}, 128 CIFAR-10 images in [0, 1], authors' ResNet-20; theirs / ours")
@@ -262,12 +272,21 @@ def _versus(name, script):
 
 def lanes():
     """Efficiency over lanes."""
-    return _table("throughput_untargeted_lanes", {
-        "lanes per device": lambda r: str(r["lanes"]), "images": lambda r: str(r["images"]),
+    return _lanes("throughput_untargeted_lanes", "{command}, CIFAR-10, authors' ResNet-20")
+
+
+def many_lanes():
+    """The same with lanes for hundreds of images, in a short attack."""
+    return _lanes("throughput_untargeted_lanes_6_runs", "{command}, CIFAR-10, authors' ResNet-20")
+
+
+def _lanes(name, script):
+    return _table(name, {
+        "lanes per device": lambda r: f"{int(r['lanes']):,}", "images": lambda r: f"{r['images']:,}",
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
+        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
         "bare model, microseconds per gradient": lambda r: _microseconds(r["bare_us"]),
-        "efficiency": lambda r: f"{r['efficiency']:.2f}"},
-        "{command}, CIFAR-10, authors' ResNet-20")
+        "efficiency": lambda r: f"{r['efficiency']:.2f}{_spread(r, 'efficiency')}"}, script)
 
 
 def tail():
@@ -312,9 +331,8 @@ def _compile_time(name, images, count=None):
         f"`benchmarks/compile_time.py`, ResNet-20, {images}; `cached` is the first call of another process with "
         "`gse_jax.use_compilation_cache`")
     if count is not None:
-        columns.append("all widths")
-        script += (f"; `all widths` is what the first call of a whole default attack on {count} images takes more than "
-                   "the second")
+        columns += ["whole", "whole cached"]
+        script += (f"; `whole` is what the first call of the default attack on {count} images takes more than the second")
     return _table(name, {f"{name}, s": lambda r, name=name: f"{r[name]:.2f}" for name in columns}, script)
 
 
@@ -327,20 +345,28 @@ def source(record, script):
             f"JAX {versions['jax']}, {commit}{record['date']}, load average {record['load_average']:.1f}.)")
 
 
-def main():
-    """Replace what stands between the markers."""
-    tables = ((README, parity), (README, imagenet), (README, refined), (README, efficiency),
+def main(check=False):
+    """Replace what stands between the markers; with `check` exit with the names of what would change."""
+    tables = ((README, parity), (README, imagenet), (README, refined), (README, versus_published), (README, efficiency),
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
-              (SPEED, memory), (SPEED, lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
+              (SPEED, memory), (SPEED, lanes), (SPEED, many_lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
               (SPEED, compile_time), (SPEED, start_gpu))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
+    stale = []
     for page, name, block in blocks:
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->",
-                      lambda _: f"<!-- {name} -->\n{block}\n<!-- end of {name} -->",
-                      page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        page.write_text(text, encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        new = re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->",
+                     lambda _: f"<!-- {name} -->\n{block}\n<!-- end of {name} -->", text, flags=re.DOTALL)
+        if new != text:
+            stale.append(f"{page.name}: {name}")
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if not check:
+        draw_front()
+    elif stale:
+        sys.exit("not the tables of benchmarks/results: " + ", ".join(stale))
 
 
 if __name__ == "__main__":
-    main()
+    main(check="--check" in sys.argv)

@@ -9,8 +9,8 @@ ResNet-20 and real CIFAR-10 images, the same 400 again and again: 400, 20,000 an
 shorter attack than the default (`real`), and the same in the default one (`full`; two hours on two
 cores). The bare model is
 timed between stretches of work, as in `throughput.py`, so that the machine's own drift can be told
-from the attack's. Each row is a process of its own, without compilation; a long one says every
-tenth of its images what it has measured so far.
+from the attack's. Each row is a process of its own, without compilation; one of 20,000 images says every
+tenth of them what it has measured so far.
 """
 
 import json
@@ -82,7 +82,7 @@ def measure_real(kind, count, devices):
     def row():
         return {"network": name, "images": found, "devices": devices,
                 "us_per_image": watch.wall / found * 1e6,
-                "bare_gradients_per_image": watch.model_times / found,
+                "bare_gradients_per_image": watch.model_times[0] / found,
                 "evals_per_image": evals / found, "more_mib": peak_mib() - before}
 
     # The default attack of 20,000 images takes an hour and more: timing the bare model every second

@@ -11,7 +11,7 @@ tuned      = the same against the model as the attack runs it: on CPU in a compi
              convolutions (`gse_jax/attacks/convolutions.py`), on an NVIDIA GPU with compiler options that
              make it faster (`gse_jax/attacks/cuda.py`)
 
-One CPU device per core. The bare model is timed again after every second of the attack (ten on an
+One CPU device per core. Both bare models are timed again after every second of the attack (ten on an
 accelerator), between its stretches of work, and each second is divided by the bare times on both sides of
 it: another process on the machine slows both. The attack is measured after compilation; `compile_time.py`
 measures that. `--runs 6` is a search of six runs, about 10 gradients an image for the default's 160: with it
@@ -91,12 +91,16 @@ class Bare:
 class Stopwatch:
     """Times the stretches between two calls of the attack's progress function, and what follows."""
 
-    def __init__(self, bare, pause=None):
-        """Start; the bare model is timed every `pause` seconds."""
-        self.bare, self.wall, self.model_times = bare, 0.0, 0.0
+    def __init__(self, *bares, pause=None):
+        """Start; the bare models are timed every `pause` seconds."""
+        self.bares, self.wall, self.model_times = bares, 0.0, np.zeros(len(bares))
         self.pause = pause or (PAUSE_ON_CPU if jax.default_backend() == "cpu" else PAUSE_ON_ACCELERATORS)
-        self.before = bare()
+        self.before = self.bare()
         self.start = time.perf_counter()
+
+    def bare(self):
+        """Seconds per image of each bare model, now."""
+        return np.asarray([bare() for bare in self.bares])
 
     def __call__(self, progress=None):
         if progress is not None:
@@ -107,25 +111,24 @@ class Stopwatch:
     def stop(self):
         wall, after = time.perf_counter() - self.start, self.bare()
         self.wall += wall
-        self.model_times += wall / (0.5 * (self.before + after))  # in bare evaluations
+        self.model_times += wall / (0.5 * (self.before + after))  # in evaluations of each
         self.before, self.start = after, time.perf_counter()
 
 
 def measure(attack, bare, tuned, count, lanes):
     """One row, compiled before; `tuned` is another `Bare` or None."""
-    watch = Stopwatch(bare)
+    watch = Stopwatch(*filter(None, (bare, tuned)))
     result = jax.block_until_ready(attack(watch))
     watch.stop()
     used = int(np.sum(result.gradient_evals))
     row = {"images": count, "lanes": lanes, "devices": jax.device_count(),
            "ASR": float(np.mean(result.success)),
            "images_per_second": count / watch.wall, "evals_per_image": used / count,
-           "bare_us": watch.wall / watch.model_times * 1e6, "bare_batch": bare.batch,
-           "efficiency": used / watch.model_times,
-           "lanes_full": watch.lane_evals / watch.model_times}
-    if tuned is not None:  # in turn, so that the machine's drift cancels
-        ratio = float(np.median([tuned() / bare() for _ in range(5)]))
-        row["tuned_us"], row["efficiency_tuned"] = row["bare_us"] * ratio, row["efficiency"] * ratio
+           "bare_us": watch.wall / watch.model_times[0] * 1e6, "bare_batch": bare.batch,
+           "efficiency": used / watch.model_times[0],
+           "lanes_full": watch.lane_evals / watch.model_times[0]}
+    if tuned is not None:
+        row |= {"tuned_us": watch.wall / watch.model_times[1] * 1e6, "efficiency_tuned": used / watch.model_times[1]}
     return row
 
 
@@ -174,11 +177,13 @@ def main():
             runs = sorted((measure(attack, bare, tuned, count, lanes) for _ in range(args.repeats)),
                           key=lambda row: row["efficiency"])
             rows.append({"model": name, "attack": "targeted" if args.targeted else "untargeted",
-                         "precision": args.precision, **runs[len(runs) // 2], "repeats": len(runs),
-                         "lowest_efficiency": runs[0]["efficiency"], "highest_efficiency": runs[-1]["efficiency"]})
+                         "precision": args.precision, **runs[len(runs) // 2], "repeats": len(runs)})
+            for name_of in ("efficiency", "efficiency_tuned")[:1 if tuned is None else 2]:
+                values = [run[name_of] for run in runs]
+                rows[-1] |= {f"lowest_{name_of}": min(values), f"highest_{name_of}": max(values)}
             results_file.show(rows[-1])
     word = "targeted" if args.targeted else "untargeted"
-    table = "" if args.lanes == ["default"] else "_lanes"
+    table = "" if args.lanes == ["default"] else "_lanes" if len(args.lanes) > 1 else f"_{args.lanes[0]}_lanes"
     table += f"_{args.runs}_runs" if args.runs else ""
     table += "" if args.precision == "highest" else f"_{args.precision}"
     results_file.write(f"throughput_{word}{table}", args, rows)

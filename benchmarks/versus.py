@@ -3,14 +3,17 @@
     pip install torch safetensors adv-lib torchattacks foolbox      # whichever you want to compare with
     python benchmarks/versus.py [--num 16] [--only adv_lib.str_attack]
     python benchmarks/versus.py --attack my_attack.py:attack=gse
+    python benchmarks/versus.py --published GSE     # git clone https://github.com/wagnermoritz/GSE
 
 Peers that are not installed are left out and named. `--attack FILE:FUNCTION=METHOD` runs
 FUNCTION(model, images [N, C, H, W] in [0, 1], labels) -> adversarial images against our METHOD.
+`--published FOLDER` runs GSE from the repository of its authors, with the same settings as ours, untargeted
+and targeted at label + 1 (it imports torchvision and scikit-image).
 Both attack the same correctly classified images in [0, 1], both on all cores; theirs in one batch
 of `--batch`. Ours is compiled before; theirs has a first call on one image. Each pair runs
 `--repeats` times in turn, short ones up to ten times, and the ratio is that of the medians. With a
 GPU both are on it, multiplying in float32. A run with `--only` or `--attack` is written where `--out` says,
-and nowhere without it.
+and nowhere without it; `--published` has a file of its own.
 """
 
 import functools
@@ -59,6 +62,24 @@ def foolbox_pgd():
                                       epsilons=8 / 255)[1]
 
 
+def published(folder, targeted):
+    """GSE from its authors' repository, which takes images in [-1, 1], with the settings of our preset."""
+    import torch
+
+    import gse_jax
+
+    attack = from_file(Path(folder) / "attacks.py", "GSEAttack")
+    settings, hyperparams = gse_jax.preset("gse", "cifar10", targeted=targeted)
+    to_unit_range = type("ToUnitRange", (torch.nn.Module,), {"forward": lambda self, x: (x + 1) / 2})
+
+    def run(model, x, labels):
+        network = torch.nn.Sequential(to_unit_range(), model)
+        return to_unit_range()(attack(network, targeted=targeted, mu=hyperparams.mu, q=hyperparams.q,
+                                      sigma=hyperparams.step_size, k_hat=settings.phase1_steps)(2 * x - 1, labels))
+
+    return run
+
+
 def peers():
     """Name -> (our method, changes of our settings, function that returns theirs)."""
     return {
@@ -74,14 +95,14 @@ def peers():
     }
 
 
-def measured(run, x, y, apply_fn, params):
+def measured(run, x, fools, apply_fn, params):
     """Seconds per image and the metrics of one run."""
     from gse_jax import metrics
 
     start = time.perf_counter()
     adversarials = run()
     seconds = (time.perf_counter() - start) / len(x)
-    fooled = np.asarray(apply_fn(params, adversarials).argmax(-1)) != np.asarray(y)
+    fooled = fools(np.asarray(apply_fn(params, adversarials).argmax(-1)))
     numbers = metrics.image_metrics(x, adversarials)
     means = [float(values[fooled].mean()) if fooled.any() else float("nan") for values in
              (numbers.changed_pixels, numbers.num_clusters, numbers.l2, numbers.patch_count)]
@@ -96,7 +117,7 @@ def to_torch(x):
     return images.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(name, method, changes, theirs, model, case, args):
+def compare(name, method, changes, theirs, model, case, args, targets=None):
     """One row: theirs and ours in turn."""
     import dataclasses
 
@@ -105,10 +126,12 @@ def compare(name, method, changes, theirs, model, case, args):
     import gse_jax
 
     params, apply_fn, x, y = case
-    settings, _ = gse_jax.preset(method, "cifar10", targeted=False)
+    settings, _ = gse_jax.preset(method, "cifar10", targeted=targets is not None)
     settings = dataclasses.replace(settings, **changes)
     images = to_torch(x)
-    labels = torch.from_numpy(np.asarray(y, np.int64)).to(images.device)
+    wanted = y if targets is None else targets
+    labels = torch.from_numpy(np.asarray(wanted, np.int64)).to(images.device)
+    fools = wanted.__ne__ if targets is None else wanted.__eq__
 
     def run_theirs(count=None):
         parts = [theirs(model, images[i:i + args.batch], labels[i:i + args.batch]).detach()
@@ -116,7 +139,7 @@ def compare(name, method, changes, theirs, model, case, args):
         return torch.cat(parts).cpu().numpy().transpose(0, 2, 3, 1)
 
     def run_ours():
-        result = gse_jax.attack(params, apply_fn, x, y, method=method, settings=settings, key=0)
+        result = gse_jax.attack(params, apply_fn, x, y, targets=targets, method=method, settings=settings, key=0)
         gradients.append(float(np.mean(result.gradient_evals)))
         return np.asarray(result.adversarials)
 
@@ -125,7 +148,7 @@ def compare(name, method, changes, theirs, model, case, args):
     theirs(model, images[:1], labels[:1])
     pairs, end = [], time.perf_counter() + (0.0 if args.smoke else ENOUGH)
     while len(pairs) < args.repeats or (time.perf_counter() < end and len(pairs) < 10):
-        pairs.append([measured(run, x, y, apply_fn, params) for run in (run_theirs, run_ours)])
+        pairs.append([measured(run, x, fools, apply_fn, params) for run in (run_theirs, run_ours)])
     all_seconds = np.asarray([[s for s, _ in pair] for pair in pairs])
     seconds, ratios = np.median(all_seconds, axis=0), all_seconds[:, 0] / all_seconds[:, 1]
     row = {"peer": name, "method": method, "images": len(x),
@@ -146,6 +169,7 @@ def main():
     arguments.add_argument("--repeats", type=int, default=2, help="at least")
     arguments.add_argument("--only", nargs="*", help="names of peers")
     arguments.add_argument("--attack", metavar="FILE:FUNCTION=METHOD", help="a PyTorch attack")
+    arguments.add_argument("--published", metavar="FOLDER", help="a clone of the GSE authors' repository")
     args = arguments.parse_args()
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed, so there is no peer to compare with")
@@ -188,6 +212,11 @@ def main():
         file, _, rest = args.attack.rpartition(":")
         function, _, method = rest.partition("=")
         chosen = {args.attack: (method or "gse", {}, lambda: from_file(file, function))}
+    targets = {}
+    if args.published:
+        chosen = {f"published GSE, {word}": ("gse", {}, functools.partial(published, args.published, targeted))
+                  for word, targeted in (("untargeted", False), ("targeted, label + 1", True))}
+        targets = {"published GSE, targeted, label + 1": (y + 1) % 10}
     rows = []
     for name, (method, changes, make) in chosen.items():
         if args.only and name not in args.only:
@@ -197,11 +226,11 @@ def main():
         except ImportError as error:
             print(f"{name} left out: {error}")
             continue
-        rows.append(compare(name, method, changes, theirs, model, (params, apply_fn, x, y), args))
+        rows.append(compare(name, method, changes, theirs, model, (params, apply_fn, x, y), args, targets.get(name)))
         rows[-1]["torch"] = torch.__version__
         results_file.show(rows[-1])
-    if not (args.only or args.attack) or args.out != arguments.get_default("out"):  # the page has all peers
-        results_file.write("versus", args, rows)
+    if args.published or not (args.only or args.attack) or args.out != arguments.get_default("out"):  # the page has all peers
+        results_file.write("versus_published" if args.published else "versus", args, rows)
 
 
 if __name__ == "__main__":
