@@ -98,7 +98,9 @@ def explained(run, params, apply_fn, stem):
     if explanation.activation is not None:
         maps["CAM"] = explanation.activation.clip(min=0)
         overlap = explanation.activation_overlap
-        row["CAM_overlap"] = float(overlap.score[explanation.found].mean())
+        scores = overlap.score[explanation.found]
+        row["CAM_overlap"] = float(scores.mean())
+        row["CAM_overlap_standard_error"] = float(scores.std(ddof=1) / len(scores) ** 0.5)
         row["CAM_overlap_anywhere"] = float(overlap.control[explanation.found].mean())
     for start in range(0, len(run.y), 4):
         part = slice(start, start + 4)
