@@ -37,16 +37,21 @@ _WIDTH = 32
 # 0.5 to 0.9 of the time of the canonical form, with 4 x 4 x 4 x 4 and 3 x 3 x 3 x 8 1.4 and 1.6 times as long.
 _SMALLEST = 81
 
+# More taps of a depthwise kernel than this, or more blocks of groups, would be a program of thousands of
+# operations: those kernels are merged too, and those groups left as they are.
+_MOST_TAPS, _MOST_BLOCKS = 128, 64
+
 # Calls whose body is evaluated in place, and the parameter that holds the body.
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
+# Functions with a derivative rule of their own, which they keep.
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 # The model's own loops and branches, whose bodies are replaced.
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 
@@ -87,7 +92,7 @@ def _is_convolution(eqn):
 def _bodies(eqn):
     """The jaxprs of a call, loop or branch that is entered; none for other equations."""
     name = eqn.primitive.name
-    names = _BODIES.get(name) or (["call_jaxpr"] if name == "custom_jvp_call" else
+    names = _BODIES.get(name) or (["call_jaxpr"] if name in _CUSTOM else
                                   [_INLINED[name]] if name in _INLINED else [])
     found = [eqn.params[n] for n in names if n in eqn.params]
     found = [body for value in found for body in (value if isinstance(value, tuple) else [value])]
@@ -121,6 +126,8 @@ def _entered(eqn, inputs):
         return _evaluate(getattr(body, "jaxpr", body), getattr(body, "consts", ()), inputs)
     if name == "custom_jvp_call":
         return _with_own_derivative(eqn)(*inputs)
+    if name == "custom_vjp_call":
+        return _with_own_pullback(eqn)(*inputs)
     replaced = {n: jax.tree.map(_replaced, eqn.params[n], is_leaf=_is_closed)
                 for n in _BODIES[name]}
     return eqn.primitive.bind(*inputs, **eqn.params | replaced)
@@ -153,6 +160,33 @@ def _with_own_derivative(eqn):
     return function
 
 
+def _with_own_pullback(eqn):
+    """A `custom_vjp` function with its value and its derivative rule rewritten."""
+    body = eqn.params["call_jaxpr"]
+    smooth = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars]
+
+    def split(args):
+        return [a for a, s in zip(args, smooth) if s], [a for a, s in zip(args, smooth) if not s]
+
+    def joined(floats, others):
+        floats, others = iter(floats), iter(others)
+        return [next(floats if s else others) for s in smooth]
+
+    def forward(*args):
+        def pulled(floats, others):
+            return jax.vjp(lambda *floats: _bind(eqn, joined(floats, others)), *floats)
+
+        return canonical_convolutions(pulled)(*split(args))
+
+    def backward(pullback, cotangents):
+        found = canonical_convolutions(lambda pull, c: pull(c))(pullback, cotangents)
+        return tuple(joined(found, [None] * len(smooth)))
+
+    function = jax.custom_vjp(lambda *args: _evaluate(body.jaxpr, body.consts, args))
+    function.defvjp(forward, backward)
+    return function
+
+
 def _bind(eqn, inputs):
     params = eqn.primitive.get_bind_params(eqn.params)
     # Older JAX returns (functions, params), newer JAX one dict.
@@ -171,11 +205,13 @@ def _convolution(lhs, rhs, params):
         pixel = all(rhs.shape[axis] == 1 for axis in numbers.rhs_spec[2:])
         return (_pointwise if pixel else _conv.bind)(lhs, rhs, **params)
     inputs, channels = numbers.rhs_spec[1], numbers.lhs_spec[1]
-    if rhs.shape[inputs] == 1:
+    if rhs.shape[inputs] == 1 and rhs.size // groups <= _MOST_TAPS:
         return _depthwise(lhs, rhs, params)
     merged = next(m for m in range(1, groups + 1)
                   if groups % m == 0 and (m * rhs.shape[inputs] >= _WIDTH or m == groups))
     blocks = groups // merged
+    if blocks > _MOST_BLOCKS:
+        return _plain.bind(lhs, rhs, **params)
     parts = zip(jnp.split(lhs, blocks, channels), jnp.split(rhs, blocks, numbers.rhs_spec[0]))
     params = params | {"feature_group_count": 1}
     return jnp.concatenate([_conv.bind(part, _block_diagonal(kernel, merged, numbers), **params)

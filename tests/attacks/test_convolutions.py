@@ -236,3 +236,40 @@ def test_works_inside_a_loop_with_traced_parameters():
         return jax.jit(lambda x, k: lax.fori_loop(0, 5, lambda _, x: step(x, k, transform), x))
 
     assert_close(run(canonical_convolutions)(x, k), run(lambda f: f)(x, k))
+
+
+def test_a_gradient_rule_of_its_own_is_kept():
+    """A straight-through convolution: the derivative by its definition is zero."""
+    conv = convolution()
+
+    @jax.custom_vjp
+    def quantised(x, k, levels):
+        return conv(x, jnp.round(levels * k) / levels)
+
+    def backward(args, cotangent):
+        return *jax.vjp(conv, *args)[1](cotangent), None
+
+    quantised.defvjp(lambda x, k, levels: (quantised(x, k, levels), (x, k)), backward)
+    x, k = operands()
+
+    def gradient(transform):
+        fn = transform(quantised)
+        return jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(fn(x, k, 4) ** 2), (0, 1)))(x, k)
+
+    expected = gradient(lambda f: f)
+    assert abs(expected[1][1]).max() > 0
+    assert_close(gradient(canonical_convolutions), expected)
+    assert assert_canonical(canonical_convolutions(lambda x, k: quantised(x, k, 4)), x, k) == 1
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda k: canonical_convolutions(quantised)(x, k, 4), (k,), (k,))
+
+
+@pytest.mark.parametrize("kernel, groups", [((31, 31, 1, 3), 3), ((3, 3, 32, 200), 100)],
+                         ids=["large depthwise kernel", "many groups"])
+def test_programs_do_not_grow_with_taps_and_groups(kernel, groups):
+    fn = convolution(feature_group_count=groups)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 32, 32, kernel[2] * groups), kernel)]
+    assert len(jax.make_jaxpr(canonical_convolutions(fn))(*shapes).eqns) < 30
+    if groups == 3:
+        args = [jax.random.normal(jax.random.key(i), s.shape) for i, s in enumerate(shapes)]
+        assert_close(canonical_convolutions(fn)(*args), fn(*args))
