@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import itertools
+import logging
 import sys
 import types
 from typing import Any
@@ -24,6 +25,7 @@ from gse_jax.attacks.precision import multiplying
 from gse_jax.types import ApplyFn
 
 AXIS = "devices"
+_LOGGER = logging.getLogger("gse_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,10 @@ def hashable(apply_fn):
     """
     try:
         hash(apply_fn)
-        return _Once(apply_fn) if _holds_nnx(apply_fn) else apply_fn
+        if not _holds_nnx(apply_fn):
+            return apply_fn
+        _tell_of_nnx()
+        return _Once(apply_fn)
     except TypeError:
         leaves, tree = jax.tree.flatten(apply_fn)
         if any(leaf is apply_fn or isinstance(leaf, np.ndarray) for leaf in leaves):
@@ -120,21 +125,29 @@ def hashable(apply_fn):
         return _SameParts(apply_fn, leaves, tree)
 
 
+@functools.cache
+def _tell_of_nnx():
+    """Say once why each call takes so long."""
+    _LOGGER.warning("the model function holds a Flax NNX module, whose weights may change, so every call compiles "
+                    "anew; apply_fn, params = gse_jax.models.from_nnx(module) compiles once")
+
+
 _MANY = 1000  # a list of layers is shorter, one of images need not be looked through
 _DEEP = 6  # steps from a function to a module: a helper of a helper that holds a trainer that holds it
+_LIBRARIES = ("builtins", "jax", "jaxlib", "flax", "gse_jax", "numpy", "optax", "chex")  # they hold no model
 
 
 def _holds_nnx(fn) -> bool:
     """Tell whether a function is, names or holds an NNX module, whose weights can change."""
     nnx = sys.modules.get("flax.nnx")
-    seen = set()
+    seen = {}  # how many steps were left
 
     def holds(one, depth):
         if issubclass(type(one), nnx.Module):
             return True
-        if depth == 0 or id(one) in seen:
+        if seen.get(id(one), 0) >= depth:
             return False
-        seen.add(id(one))
+        seen[id(one)] = depth
         try:
             parts = _parts(one)
         except Exception:  # a proxy of something that is not there does not even tell its class
@@ -156,36 +169,81 @@ def _parts(one) -> list:
         return [one.__func__, one.__self__]
     parts = list(getattr(one, "__dict__", {}).values())
     if inspect.isfunction(one):
-        if (one.__module__ or "").partition(".")[0] in ("jax", "flax", "gse_jax"):  # they hold no model
+        if _of_library(one):
             return []
-        parts += [one.__globals__.get(name) for name in _names(one.__code__)] + list(one.__defaults__ or ())
+        parts += _globals(one.__code__, one.__globals__) + list(one.__defaults__ or ())
+        parts += list((one.__kwdefaults__ or {}).values())
         for cell in one.__closure__ or ():
             with contextlib.suppress(ValueError):  # empty
                 parts.append(cell.cell_contents)
+        return parts
+    for kind in type(one).__mro__:
+        if not _of_library(kind):
+            parts += [getattr(one, name, None) for name in vars(kind).get("__slots__", ())]
+            parts += [part for name, part in vars(kind).items()
+                      if name == "__call__" or not inspect.isroutine(part)]
     return parts
 
 
-def _names(code) -> list:
-    """The globals that a function reads, those of the functions inside it too."""
-    names = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
-    inner = [_names(part) for part in code.co_consts if inspect.iscode(part)]
-    return names + [name for found in inner for name in found]
+def _of_library(one) -> bool:
+    return (getattr(one, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+
+
+def _globals(code, scope) -> list:
+    """What a function reads of its module, and of modules that it names; those inside it do too."""
+    found, module = [], None
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_GLOBAL":
+            found.append(scope.get(step.argval))
+        elif module is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.append(getattr(module, step.argval, None))
+        else:
+            module = None
+            continue
+        module = found[-1] if isinstance(found[-1], types.ModuleType) else None
+    for part in code.co_consts:
+        found += _globals(part, scope) if inspect.iscode(part) else []
+    return found
+
+
+_MODELS, _PROGRAMS = 8, 256  # kept: those used last, and of each all methods in some configurations
 
 
 def remembered(build):
     """Cache what a function builds for a program; for a model that is for one call only, with that model."""
-    shared = functools.lru_cache(maxsize=32)(build)
+
+    @functools.lru_cache(maxsize=_MODELS)
+    def of_model(apply_fn):
+        del apply_fn
+        return functools.lru_cache(maxsize=_PROGRAMS)(build)
 
     @functools.wraps(build)
     def get(program, *rest):
         if not isinstance(program.apply_fn, _Once):
-            return shared(program, *rest)
+            return of_model(program.apply_fn)(program, *rest)
         built, key = program.apply_fn.built, (build, program, rest)
         if key not in built:
             built[key] = build(program, *rest)
         return built[key]
 
     return get
+
+
+def compiled(jitted, apply_fn, **static):
+    """Give a jitted function its model and other static arguments.
+
+    Args:
+        jitted: of `jax.jit`, with a static argument `apply_fn`.
+        apply_fn: as from `hashable`.
+        static: the other static arguments.
+
+    Returns:
+        A function of the arguments that are left. What is compiled for a model that is for one call only
+        goes with it.
+    """
+    if isinstance(apply_fn, _Once):
+        return jax.jit(functools.partial(jitted.__wrapped__, apply_fn=apply_fn, **static))
+    return functools.partial(jitted, apply_fn=apply_fn, **static)
 
 
 @remembered

@@ -46,7 +46,7 @@ from gse_jax.attacks import attack
 from gse_jax.attacks.convolutions import canonical_convolutions
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
-from gse_jax.attacks.program import hashable
+from gse_jax.attacks.program import compiled, hashable
 from gse_jax.attacks.validation import check_adversarials
 from gse_jax.differentiable.arguments import Goal, check_steps, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
@@ -147,9 +147,8 @@ def implicit_attack(
                               hyperparams=hyperparams, bounds=bounds).adversarials
     adversarials = jnp.asarray(adversarials, x.dtype)
     check_adversarials(adversarials, x, goal.bounds)
-    return _solve(params, x, goal.labels(samples), lax.stop_gradient(adversarials),
-                  jnp.asarray(damping, x.dtype), apply_fn=hashable(apply_fn), goal=goal,
-                  num_steps=num_steps, implicit=derivative == "implicit")
+    solve = compiled(_solve, hashable(apply_fn), goal=goal, num_steps=num_steps, implicit=derivative == "implicit")
+    return solve(params, x, goal.labels(samples), lax.stop_gradient(adversarials), jnp.asarray(damping, x.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "goal", "num_steps", "implicit"))

@@ -14,7 +14,7 @@ import numpy as np
 
 from gse_jax.attacks import GSEHyperparams, attack
 from gse_jax.attacks.gse.settings import check
-from gse_jax.attacks.program import hashable
+from gse_jax.attacks.program import compiled, hashable
 from gse_jax.attacks.validation import is_traced
 from gse_jax.differentiable.arguments import configuration, problem
 from gse_jax.differentiable.unrolled import run_once
@@ -134,8 +134,8 @@ def sweep(
             raise ValueError("tradeoff must hold finite numbers >= 0")
         tradeoff = jnp.broadcast_to(tradeoff.reshape(count, -1), (count, x.shape[0]))
     traced = jax.tree.map(lambda leaf: jnp.asarray(leaf, x.dtype), grid)
-    result = _attack_grid(params, samples, tradeoff, traced, apply_fn=hashable(apply_fn), goal=goal,
-                          settings=settings)
+    run = compiled(_attack_grid, hashable(apply_fn), goal=goal, settings=settings)
+    result = run(params, samples, tradeoff, traced)
     points = [jax.tree.map(lambda leaf: leaf[g], result) for g in range(count)]
     rows = [summary(x, point, bounds=goal.bounds, patch_size=settings.patch_size) for point in points]
     numbers = np.array([[_mean(s) for s in (r.changed_pixels, r.num_clusters, r.l2, r.patch_count)]
@@ -154,8 +154,8 @@ def _attack_grid(params, samples, tradeoff, grid, *, apply_fn, goal, settings):
                       hyperparams=hyperparams, bounds=goal.bounds)
 
     def run(hyperparams, tradeoff):
-        return run_once(params, samples, tradeoff, hyperparams, apply_fn=apply_fn, goal=goal,
-                        settings=settings, unrolled=False)
+        once = compiled(run_once, apply_fn, goal=goal, settings=settings, unrolled=False)
+        return once(params, samples, tradeoff, hyperparams)
 
     return jax.vmap(search)(grid) if tradeoff is None else jax.vmap(run)(grid, tradeoff)
 

@@ -48,7 +48,7 @@ from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
-from gse_jax.attacks.program import hashable
+from gse_jax.attacks.program import compiled, hashable
 from gse_jax.differentiable.arguments import Goal, configuration, problem
 from gse_jax.ops import largest_active_tradeoff
 from gse_jax.types import ApplyFn, Bounds, Status
@@ -154,7 +154,7 @@ def differentiable_attack(
                           hyperparams=fixed[2], bounds=bounds).tradeoff
         tradeoff = lax.stop_gradient(tradeoff)  # apply_fn may close over what is differentiated
     tradeoff = _checked_tradeoff(tradeoff, x)
-    run = functools.partial(run_once, apply_fn=hashable(apply_fn), goal=goal, settings=settings)
+    run = compiled(run_once, hashable(apply_fn), goal=goal, settings=settings)
     if x.shape[0] == 0:  # many a model cannot take no images
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), (samples, tradeoff))
         return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype),

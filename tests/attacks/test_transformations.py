@@ -3,6 +3,7 @@
 import functools
 import gc
 import types
+import weakref
 from typing import Any
 
 import jax
@@ -153,6 +154,25 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     for hidden in (lambda _, x: jax.vmap(lambda image: layer(image.reshape(-1)))(x),
                    lambda _, x: closure(None, x), lambda _, x: holder.trainer.layer(x)):
         assert hashable(hidden) is not hidden
+
+    class Slotted:
+        __slots__ = ("layer",)
+
+    class Shared:
+        net = layer
+
+        def __call__(self, _, x):
+            return scope["layer"](x)
+
+    named, slotted = types.ModuleType("named"), Slotted()
+    named.layer = slotted.layer = layer
+    deep = [[[[holder]]]]  # reached with too few steps left, and directly too
+    globals_of = {"named": named}
+    exec("def by_module(_, x): return named.layer(x)", globals_of)
+    exec("def by_method(_, x): return named.layer.kernel.sum()", globals_of)
+    for hidden in (globals_of["by_module"], globals_of["by_method"], Shared(), lambda _, x, *, net=layer: net(x),
+                   lambda _, x: slotted.layer(x), lambda _, x: (deep, holder)[1].trainer.layer(x)):
+        assert hashable(hidden) is not hidden
     assert hashable(toy()[1]) is toy()[1]
 
     class Unbound:  # as proxies are outside their context
@@ -246,3 +266,58 @@ def test_an_unhashable_model_is_accepted():
 
     result = gse_jax.attack(params, Model(), x[:1], y[:1], settings=SETTINGS, bounds=(-1.0, 1.0))
     assert result.success.shape == (1,)
+
+
+def linear_model():
+    kernel = np.random.default_rng(0).normal(size=(192, 4)).astype("f4")
+    x = np.random.default_rng(1).uniform(0.2, 0.8, (1, 8, 8, 3)).astype("f4")
+    return kernel, x, np.asarray((x.reshape(1, -1) @ kernel).argmax(-1))
+
+
+def test_more_configurations_than_anybody_has_are_compiled_once(monkeypatch):
+    kernel, x, y = linear_model()
+    built = []
+
+    @program.remembered
+    def build(program, *rest):
+        built.append((program, rest))
+        return len(built)
+
+    programs = [program.Program(lambda p, x: None, None, i, False, (0.0, 1.0), True) for i in range(100)]
+    programs = [p.__class__(programs[0].apply_fn, None, i, False, (0.0, 1.0), True) for i, p in enumerate(programs)]
+    assert [build(p, 1) for p in programs] == [build(p, 1) for p in programs] and len(built) == 100
+
+
+@pytest.mark.slow
+def test_models_that_are_gone_are_not_kept():
+    kernel, x, y = linear_model()
+    settings = SigmaZeroSettings(max_steps=2)
+    left = []
+    for _ in range(program._MODELS + 3):
+        weights = jnp.asarray(kernel)
+        left.append(weakref.ref(weights))
+        gse_jax.attack(None, (lambda w: lambda _, x: x.reshape(len(x), -1) @ w)(weights), x, y,
+                       method="sigma_zero", settings=settings)
+    del weights
+    jax.clear_caches()  # JAX's own
+    gc.collect()
+    assert sum(one() is not None for one in left) <= program._MODELS
+
+
+def test_differentiable_attacks_keep_nothing_of_a_model_for_one_call(caplog):
+    nnx = pytest.importorskip("flax.nnx")
+    _, x, _ = linear_model()
+    layer = nnx.Linear(192, 4, rngs=nnx.Rngs(0))
+
+    def model(_, x):
+        return layer(x.reshape(len(x), -1))
+
+    y = np.asarray(model(None, x).argmax(-1))
+    program._tell_of_nnx.cache_clear()
+    for _ in range(2):
+        gse_jax.differentiable_attack(None, model, x, y, tradeoff=1e-4, num_steps=2)
+        gse_jax.implicit_attack(None, model, x, y, adversarials=0.9 * x, num_steps=2)
+    gc.collect()
+    assert not any(type(one) is program._Once for one in gc.get_objects())
+    told = [record.message for record in caplog.records if "NNX" in record.message]
+    assert len(told) == 1 and "from_nnx" in told[0]
