@@ -294,7 +294,8 @@ class _Call:
         else:
             outcome = run(setup.program, *arguments, self.lanes, progress)
         if self.precision != "highest" and count:
-            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets)
+            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets,
+                                samples.start, self.lanes)
         outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from gse_jax.attacks.algorithm import NO_SAMPLE, Algorithm, Evaluation, Outcome, Sample
 from gse_jax.attacks.loops import while_loop
-from gse_jax.attacks.precision import as_returned
+from gse_jax.attacks.precision import as_returned, narrowed
 
 # Gradients of a hinged attack are taken for this part of the lanes at a time. In StrAttack's runs on
 # CIFAR-10 images 13 % of the lanes need one.
@@ -141,7 +141,7 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
     points = jax.vmap(algorithm.query)(states)
 
     def rows_of_logits(points):
-        logits = as_returned(logits_fn(points))
+        logits = narrowed(as_returned(logits_fn(points)), points.dtype)
         return logits.reshape(len(points), logits.shape[-1])  # a model may squeeze a batch of one
 
     logits, pullback = jax.vjp(rows_of_logits, points)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.algorithm import Outcome
+from gse_jax.devices import is_out_of_memory
 from gse_jax.ops import is_adversarial
 from gse_jax.types import Status
 
@@ -72,7 +73,22 @@ def as_returned(logits):
     return jax.lax.reduce_precision(logits, kind.nexp, kind.nmant) if kind.bits < 32 else logits
 
 
-def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
+def narrowed(logits, dtype):
+    """Take digits from logits that have more than the images, such as a float64 model's, without making ties.
+
+    Args:
+        logits: [..., K].
+        dtype: of the images.
+
+    Returns:
+        The same shape, in `dtype` where that is the narrower one; then shifted, so that the largest is 0.
+    """
+    if jnp.finfo(logits.dtype).bits <= jnp.finfo(dtype).bits:
+        return logits
+    return (logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))).astype(dtype)
+
+
+def confirmed(params, apply_fn, outcome: Outcome, x, y, targets, starts=None, lanes=None) -> Outcome:
     """Look at the adversarial images again in full precision, and take back what does not hold.
 
     Args:
@@ -82,26 +98,29 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
         x: [N, H, W, C] clean images; NumPy, or traced, as all of these.
         y: [N] true labels.
         targets: [N] classes aimed at, or None.
+        starts: [N, H, W, C] what the attack began with, if it was given adversarial images.
+        lanes: images at a time at most; None for a number that suits their size.
 
     Returns:
-        Outcome in which an image that no longer is adversarial counts as not found; `forward_evals`
-        has this pass added.
+        Outcome in which an image that no longer is adversarial counts as not found, or as found as it was
+        given where that holds; `forward_evals` has this pass added.
     """
     # What is in host memory stays there; an accelerator might not hold all of it.
     array = np if isinstance(outcome.success, np.ndarray) else jnp
     wanted = array.asarray(y if targets is None else targets).astype(np.int32)
     # Not kept where the function is for this call only, see `program.hashable`.
     build = _holds.__wrapped__ if hasattr(apply_fn, "built") else _holds
-    holds = functools.partial(build(apply_fn, targets is not None), params)
-    count, batch = x.shape[0], int(np.clip(_PIXELS // (x.shape[1] * x.shape[2]), 1, _BATCH))
-    # Whole batches, filled up with the last image: one program for any number.
-    places = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)
     if array is np:
-        held = np.stack([np.asarray(holds(outcome.adversarials[part], wanted[part])) for part in places])
-    else:
-        held = jax.lax.map(lambda part: holds(outcome.adversarials[part], wanted[part]), places)
+        params = jax.device_put(params)  # once, not with every batch
+    holds = functools.partial(build(apply_fn, targets is not None), params)
+    batch = int(np.clip(_PIXELS // (x.shape[1] * x.shape[2]), 1, min(lanes or _BATCH, _BATCH)))
     # A clean image that only the coarser loop misclassified is lost too.
-    lost = outcome.success & ~held.reshape(-1)[:count]
+    lost = outcome.success & ~_held(holds, outcome.adversarials, wanted, batch, array)
+    if starts is not None and (array is jnp or lost.any()):
+        kept = lost & _held(holds, starts, wanted, batch, array)
+        lost = lost & ~kept
+        outcome = outcome._replace(
+            adversarials=array.where(kept[:, None, None, None], starts, outcome.adversarials))
     return outcome._replace(
         adversarials=array.where(lost[:, None, None, None], x, outcome.adversarials),
         success=outcome.success & ~lost,
@@ -110,7 +129,22 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets) -> Outcome:
         forward_evals=outcome.forward_evals + 1)
 
 
-@functools.lru_cache(maxsize=32)
+def _held(holds, images, wanted, batch, array):
+    """[N] whether the images are adversarial, `batch` of them at a time, fewer where memory runs out."""
+    count = images.shape[0]
+    # Whole batches, filled up with the last image: one program for any number.
+    places = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)
+    if array is jnp:
+        return jax.lax.map(lambda part: holds(images[part], wanted[part]), places).reshape(-1)[:count]
+    try:
+        return np.concatenate([np.asarray(holds(images[part], wanted[part])) for part in places])[:count]
+    except jax.errors.JaxRuntimeError as error:
+        if batch == 1 or not is_out_of_memory(error):
+            raise
+        return _held(holds, images, wanted, batch // 2, array)
+
+
+@functools.lru_cache(maxsize=8)
 def _holds(apply_fn, targeted):
     def holds(params, images, wanted):
         logits = as_returned(full_precision(apply_fn)(params, images))

@@ -141,3 +141,48 @@ def test_a_coarse_loop_is_checked_and_an_unknown_precision_refused():
     np.testing.assert_array_equal(results[1].forward_evals, results[0].forward_evals + 1)
     with pytest.raises(ValueError, match="precision must be one of highest, tf32, bf16, got 'fp8'"):
         gse_jax.attack(params, apply_fn, x, y, bounds=(-1.0, 1.0), precision="fp8")
+
+
+def test_the_last_look_takes_no_more_images_than_lanes_and_fewer_where_memory_runs_out(monkeypatch):
+    x = np.zeros((5, 8, 8, 1))
+    outcome = Outcome(x, np.ones(5, bool), np.full(5, Status.ALREADY_MISCLASSIFIED, np.int32),
+                      *np.ones((2, 5), np.int32), np.zeros(5))
+    model, sizes = (np.zeros((64, 2)), np.asarray([0.0, 1.0])), []
+
+    def build(apply_fn, targeted):
+        def holds(params, images, wanted):
+            sizes.append(len(images))
+            if len(images) > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+            return np.ones(len(images), bool)
+
+        return holds
+
+    monkeypatch.setattr("gse_jax.attacks.precision._holds", build)
+    checked = confirmed(model, linear_logits, outcome, x, np.zeros(5, int), None, lanes=8)
+    assert checked.success.all() and sizes == [8, 4, 2, 2, 2]
+
+
+def test_a_given_image_that_holds_is_kept_where_the_refined_one_does_not():
+    kernel = np.zeros((64, 2))
+    kernel[0, 1] = 1.0
+    x = np.zeros((2, 8, 8, 1))
+    starts = x.copy()
+    starts[0, 0, 0, 0] = 1.0  # does fool the model; the second does not
+    outcome = Outcome(0.3 * starts, np.ones(2, bool), np.full(2, Status.FOUND, np.int32),
+                      *np.ones((2, 2), np.int32), np.zeros(2))
+    checked = confirmed((kernel, np.asarray([0.5, 0.0])), linear_logits, outcome, x, np.zeros(2, int), None, starts)
+    np.testing.assert_array_equal(checked.success, [True, False])
+    np.testing.assert_array_equal(checked.status, [Status.FOUND, Status.NOT_FOUND])
+    np.testing.assert_array_equal(checked.adversarials, starts)
+
+
+def test_logits_with_more_digits_than_the_images_do_not_tie():
+    x = np.full((1, 8, 8, 1), 0.5, np.float32)
+    apart = jnp.asarray(1e-12, jnp.float64)
+
+    def model(params, x):
+        return jnp.stack([0.0 * x.mean((1, 2, 3)) + 1.0, 0.0 * x.mean((1, 2, 3)) + 1.0 + params], 1)
+
+    result = gse_jax.attack(apart, model, x, np.ones(1, int), settings=SHORT)
+    assert model(apart, x).argmax() == 1 and result.status[0] == Status.NOT_FOUND
