@@ -6,6 +6,7 @@ own lanes. The number of CPU devices can only be set before JAX's backend starts
 
 import logging
 import os
+from pathlib import Path
 
 import jax
 
@@ -32,8 +33,16 @@ def use_all_cpu_cores() -> int:
 
 
 def _num_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use; a container's quota counts, which the system's own numbers leave out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
+    return max(1, min(cores, quota // period))
+
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def use_compilation_cache(folder) -> None:
@@ -45,7 +54,10 @@ def use_compilation_cache(folder) -> None:
     Args:
         folder: path; made if absent.
     """
+    from jax.experimental.compilation_cache import compilation_cache
+
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    compilation_cache.reset_cache()  # else JAX stays with a folder that it has used already
     # JAX keeps only what took a second; an attack also compiles many small programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

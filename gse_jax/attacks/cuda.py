@@ -71,8 +71,8 @@ def _convolutions(jaxpr):
 class Tuned:
     """A function, jitted with the fastest of `choices` that works for it.
 
-    The first call with arguments of given shapes and dtypes finds out which; later ones take that. (After an
-    out-of-memory the next call tries again.)
+    The first call with arguments of given shapes and dtypes finds out which; later ones take that. Where memory
+    runs out meanwhile, which a copy of what is donated may be the reason for, that is XLA's own choice.
     """
 
     def __init__(self, jitted, donated: int):
@@ -96,14 +96,14 @@ class Tuned:
         for options in first:
             run = self._jitted(*options.items())
             copied = list(arguments)  # what is donated would be gone if this fails
-            copied[self._donated] = jax.tree.map(jnp.copy, arguments[self._donated])
             try:
+                copied[self._donated] = jax.tree.map(jnp.copy, arguments[self._donated])
                 result = jax.block_until_ready(run(*copied))
                 self._chosen[looks] = run
                 return result
             except jax.errors.JaxRuntimeError as error:
                 if is_out_of_memory(error):
-                    return self._jitted(*last.items())(*arguments)
+                    break
                 _LOGGER.info("compiled without %s: %s", ", ".join(options), error)
         self._chosen[looks] = self._jitted(*last.items())
         return self._chosen[looks](*arguments)

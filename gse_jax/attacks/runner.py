@@ -355,13 +355,15 @@ def as_key(key) -> jax.Array:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a seed outside [0, 2**32).
+        ValueError: for a seed outside [0, 2**32), or several keys.
     """
     if key is None or isinstance(key, (int, np.integer)):
         if key is not None and not 0 <= key < 2**32:  # JAX takes no more bits into a key
             raise ValueError(f"key must be from 0 to 2**32 - 1 as a seed, got {key}")
         return jax.random.key(0 if key is None else int(key))
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape:
+            raise ValueError(f"key must be one key, got an array of them of shape {list(key.shape)}; pass key[0]")
         return key
     raise TypeError(f"key must be None, an int or a typed key from jax.random.key, "
                     f"got {type(key).__name__}")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 
 from gse_jax.cli import attack, compare, evaluate, explain, prepare
@@ -21,32 +22,34 @@ def main(argv=None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that cannot write every sign
         sys.stdout.reconfigure(errors="replace")
     from gse_jax.devices import is_out_of_memory, use_all_cpu_cores, use_compilation_cache
+    from gse_jax.evaluation.progress import say
     from gse_jax.types import StoreError
 
-    with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
-        use_all_cpu_cores()
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # JAX already runs, e.g. in a notebook: fewer devices
+            use_all_cpu_cores()
     if args.compilation_cache:
         use_compilation_cache(args.compilation_cache)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError, StoreError) as error:
-        print(f"gse-jax: {error}", file=sys.stderr)
+        say(f"gse-jax: {error}")
         return 2
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(f"gse-jax: {str(error).splitlines()[0]}; use fewer --lanes, or `gse-jax evaluate`, which finds "
-              "out by itself how many fit", file=sys.stderr)
+        say(f"gse-jax: {str(error).splitlines()[0]}; use fewer --lanes, or `gse-jax evaluate`, which finds "
+            "out by itself how many fit")
         return 2
     except SystemExit as stop:
         from gse_jax.evaluation import Preempted
 
         if not isinstance(stop, Preempted):
             raise
-        print(f"gse-jax: {stop}", file=sys.stderr)
+        say(f"gse-jax: {stop}")
         return stop.code
     except KeyboardInterrupt:
-        print("gse-jax: interrupted", file=sys.stderr)
+        say("gse-jax: interrupted")
         return 130
     return 0
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 import gse_jax
-from gse_jax import Status
+from gse_jax import Status, devices
 from gse_jax.attacks import METHODS, api, attack_stream, packing, runner
 from gse_jax.attacks.algorithm import Algorithm, Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
@@ -616,3 +619,30 @@ def test_giving_up_saves_evaluations_and_finds_true_successes(expected):
     fooled = np.asarray(apply_fn(params, result.adversarials).argmax(-1)) != np.asarray(y)
     np.testing.assert_array_equal(fooled, result.success)
     assert fooled.any()
+
+
+def test_a_quota_counts_as_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    for text, cores in (("200000 100000", 2), ("max 100000", 64), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        monkeypatch.setattr(devices, "_QUOTA", tmp_path / "cpu.max")
+        assert devices._num_cores() == cores
+
+
+def test_one_cpu_device_per_core_and_a_new_cache_folder(tmp_path):
+    """In a process of its own: neither can be undone."""
+    script = ("import logging, jax, jax.numpy as jnp, gse_jax\n"
+              "from gse_jax import devices\n"
+              "devices._num_cores = lambda: 3\n"
+              "assert gse_jax.use_all_cpu_cores() == 3 == jax.device_count()\n"
+              "for name in 'ab':\n"
+              f"    gse_jax.use_compilation_cache('{tmp_path}/' + name)\n"
+              "    jax.jit(lambda x: jnp.sin(x) + ord(name))(1.0)\n"
+              "try:\n    gse_jax.use_all_cpu_cores()\nexcept RuntimeError as error:\n"
+              "    assert 'before JAX is first used' in str(error)\nelse:\n    raise SystemExit('no error')\n"
+              "for number in (1, 1, 3):\n    devices.hint_at_idle_cores(jax.devices()[:number])\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("one CPU device of a machine with 3 cores") == 1
+    assert all(any((tmp_path / name).iterdir()) for name in "ab")
