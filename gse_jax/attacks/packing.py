@@ -8,11 +8,8 @@ keeps lanes busy at few widths, so at few compilations: on CPU, where a call cos
 one lane (8 first, if there were more); on an accelerator, whose narrow calls hardly cost less than wider
 ones, a fourth and a sixteenth of the default.
 
-`benchmarks/tail.py` replays the runs of 99 real images through the engine, at what the calls cost. With
-an H200's times (1.21, 3.29 and 11.5 ms for 64, 256 and 1,024 lanes of a ResNet-20) the model works at
-74 % of its best throughput for 1,024 images, 76 % for 1,500 and 87 % for 10,000; without the order at 60,
-65 and 84 %, and were it known how long each image takes at 73, 78 and 88 %. Measured with 400 images,
-repeated: 68, 76 and 83 %.
+`benchmarks/tail.py` replays the runs of real images through the engine, at what the calls cost: what the order
+brings stands in `docs/speed.md`.
 """
 
 import functools

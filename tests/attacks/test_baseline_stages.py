@@ -10,7 +10,7 @@ import pytest
 import gse_jax
 from gse_jax import ops
 from gse_jax.attacks import METHODS
-from gse_jax.attacks.algorithm import Sample
+from gse_jax.attacks.algorithm import Evaluation, Sample
 from gse_jax.attacks.baselines import nuclear_frank_wolfe, projected_gradient_descent, sigma_zero
 from gse_jax.attacks.baselines import (
     sparse_frank_wolfe,
@@ -18,6 +18,7 @@ from gse_jax.attacks.baselines import (
     structured_attack_steps,
 )
 from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings, strongest_cells
+from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Hyperparams, PGD0Settings
 from gse_jax.attacks.baselines.record import key_of
 from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.lanes import evaluate
@@ -331,3 +332,15 @@ def test_the_point_after_the_last_step_counts(method, settings):
     result = gse_jax.attack((), brittle, x, jnp.zeros(1, jnp.int32), method=method,
                             settings=settings)
     assert bool(result.success[0]) and int(result.forward_evals[0]) == 2
+
+
+def test_pgd0_on_grey_images_starts_uniformly_in_what_it_may_reach():
+    x = np.random.default_rng(0).uniform(0.4, 0.6, (12, 12, 1))
+    settings = PGD0Settings(num_pixels=144, sigma_map=True)
+    attack = METHODS["pgd0"].bind(settings, PGD0Hyperparams(), targeted=False, bounds=(0.0, 1.0), key=jax.random.key(0))
+    zero = jnp.int32(0)
+    state = attack.step(attack.init(Sample(x, zero, zero - 1, zero)),
+                        Evaluation(jnp.asarray([1.0, 0.0]), jnp.zeros(()), jnp.zeros_like(x)))
+    reach = 0.8 * gse_jax.ops.sigma_map(x)
+    share = np.abs(state.image - x) / np.where(reach > 0, reach, 1)
+    assert share.max() <= 1 + 1e-9 and 0.3 < share[reach > 0].mean() < 0.7

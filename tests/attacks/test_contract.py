@@ -392,3 +392,34 @@ def test_impossible_settings_are_refused_in_one_line(method, change, words):
     with pytest.raises(ValueError, match=words) as error:
         METHODS[method].check(dataclasses.replace(settings, **change), hyperparams, (32, 32, 3))
     assert "\n" not in str(error.value)
+
+
+def root_of_a_pixel(params, x):
+    """Class 1 where the first pixel is black, where the derivative of the root is infinite."""
+    return jnp.stack([params * jnp.sqrt(x[:, 0, 0, 0]), 0.05 + 0.0 * x[:, 0, 0, 0]], 1)
+
+
+@pytest.mark.parametrize("method", ["gse", "pgd"])
+def test_an_adversarial_image_without_a_gradient_is_a_success(method):
+    x = np.full((1, 8, 8, 1), 0.25)
+    result = gse_jax.attack(10.0, root_of_a_pixel, x, np.zeros(1, int), method=method)
+    given = x.copy()
+    given[0, 0, 0, 0] = 0.0
+    wrong = gse_jax.attack(10.0, root_of_a_pixel, given, np.zeros(1, int), method=method)
+    assert result.status[0] == Status.FOUND and wrong.status[0] == Status.ALREADY_MISCLASSIFIED
+    assert root_of_a_pixel(10.0, result.adversarials)[0].argmax() == 1
+
+
+def test_refine_keeps_a_given_image_without_a_gradient():
+    x = np.full((1, 8, 8, 1), 0.25)
+    given = x.copy()
+    given[0, 0, 0, 0] = 0.0
+    result = gse_jax.refine(10.0, root_of_a_pixel, x, given, np.zeros(1, int))
+    assert result.status[0] == Status.FOUND
+    np.testing.assert_array_equal(result.adversarials, given)
+
+
+def test_several_keys_are_refused():
+    x, y = np.full((1, 8, 8, 1), 0.25), np.zeros(1, int)
+    with pytest.raises(ValueError, match=r"key must be one key.*shape \[4\]"):
+        gse_jax.attack(10.0, root_of_a_pixel, x, y, method="sparse_rs", key=jax.random.split(jax.random.key(0), 4))

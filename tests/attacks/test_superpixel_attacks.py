@@ -234,3 +234,19 @@ def test_a_wrong_choice_is_refused():
     with pytest.raises(ValueError, match="num_pixels"):
         gse_jax.attack(params, apply_fn, x, y, method="sapf", bounds=(-1.0, 1.0),
                        settings=sapf.SAPFSettings(num_pixels=401))
+
+
+@pytest.mark.slow
+def test_sapf_with_a_large_weight_fails_without_nan():
+    """Magnitudes that leave the range of images made the step on the selection too long."""
+    random = np.random.default_rng(0)
+    kernel = random.normal(size=(432, 3)) * 1e-2
+    x = random.uniform(0.3, 0.7, (1, 12, 12, 3))
+
+    def model(params, x):
+        return x.reshape(len(x), -1) @ params + jnp.asarray([100.0, 0.0, 0.0])
+
+    settings = sapf.SAPFSettings(num_pixels=20, num_segments=20, num_searches=1, rounds=1)
+    result = gse_jax.attack(kernel, model, x, np.zeros(1, int), method="sapf", settings=settings,
+                            hyperparams=sapf.SAPFHyperparams(tradeoff=1e4))
+    assert result.status[0] == gse_jax.Status.NOT_FOUND

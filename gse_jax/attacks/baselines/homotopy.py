@@ -26,7 +26,11 @@ Differs from the reference:
     the length that brings every kept pixel to its bound, or a superpixel's mean entry (there 1e20). It
     gives up when more than 95 % of the values changed (there also so many new groups must have been
     allowed, which superpixels hardly reach). The first lambda has a closed form.
-    Rounds have a largest number of steps, and end at once at a fixed point, where all further steps
+    There are `max_rounds` values of lambda at most (there until success or 95 %). The objective that a step must
+    not exceed is averaged as in the paper (eta q c + F, over the new q; the code divides by it after q has grown,
+    and accepts more). The line search tries 60 lengths, not 1,000; an iterate counts as better by 1e-5; two points
+    that coincide give the longest step, not 1e-5; the tuning ends at its first success, which the code tests at its
+    end only. Rounds have a largest number of steps, and end at once at a fixed point, where all further steps
     are the same. The final cut is a bisection over the level (16 evaluations) where the code takes
     up to 40,000 subgradient steps of the l-infinity norm. The GSE paper's version counts values
     where its prox counts superpixels, and leaves kept ones unclipped; here groups are groups. It takes
@@ -132,13 +136,13 @@ class HomotopyState(NamedTuple):
 
 _ORIGINAL = (
     HomotopySettings(groups="entries", num_new=200, num_new_loose=10, tuning_steps=200,
-                     tuning_every=500, targeted_loss="cross_entropy", range_width=1.0),
+                     tuning_every=500, targeted_loss="cross_entropy", range_width=1.0, max_rounds=600),
     HomotopyHyperparams(radius=0.05, decrease=0.98, first_factor=3.0, loss_step=1e-2,
                         norm_step=1e-4, saturation=0.8))
 PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
     ("original", _ORIGINAL),
     ("cifar10", (HomotopySettings(), HomotopyHyperparams())),
-    ("imagenet", (HomotopySettings(num_segments=500, tuning_every=500, tuning_levels=13),
+    ("imagenet", (HomotopySettings(num_segments=500, tuning_every=500, tuning_levels=13, max_rounds=600),
                   HomotopyHyperparams(decrease=0.98, first_factor=0.01, loss_step=0.1,
                                       norm_step=1e-3, saturation=0.8))))}
 

@@ -11,7 +11,7 @@ References:
 Differs from the reference:
     An image stops at its first success, and the point after the last step is tested too. Of pixels
     with equal scores exactly `num_pixels` stay (the published threshold keeps all). The noise of
-    1e-12 that breaks ties is left out. Also defined for targets. Unlike the port in the GSE paper's
+    1e-12 that breaks ties is left out. "original" makes all 100 of its steps (there 99). Also defined for targets. Unlike the port in the GSE paper's
     code, the projection weighs violations of the box (not slack), and every iterate is tested.
 """
 
@@ -128,8 +128,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         draw = jax.random.uniform(key_of(key, sample, restart), sample.x.shape, sample.x.dtype)
         if not settings.sigma_map:
             return project(sample, draw)
-        noise = jnp.asarray(hyperparams.kappa, draw.dtype) * (2.0 * draw - 1.0)
-        return project(sample, jnp.clip(unit(sample) + noise, 0.0, 1.0))
+        clean, kappa = unit(sample), jnp.asarray(hyperparams.kappa, draw.dtype)
+        if sample.x.shape[-1] == 1:  # uniform in what one channel may reach, as published
+            reach = kappa * sigma_map(clean)
+            low_end, high_end = jnp.maximum(-reach, -clean), jnp.minimum(reach, 1.0 - clean)
+            return project(sample, clean + low_end + draw * (high_end - low_end))
+        return project(sample, jnp.clip(clean + kappa * (2.0 * draw - 1.0), 0.0, 1.0))
 
     def init(sample: Sample) -> PGD0State:
         zero = jnp.zeros((), jnp.int32)

@@ -108,6 +108,7 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
     found = better | jnp.isfinite(record.score)
     finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
     finite &= jnp.all(jnp.isfinite(evaluation.logits))
+    finite |= clean & adversarial  # then the gradient is not used
 
     verdict = jnp.where(over, jnp.where(found, Status.FOUND, Status.NOT_FOUND), RUNNING)
     verdict = jnp.where(clean & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)

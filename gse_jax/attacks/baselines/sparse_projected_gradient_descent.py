@@ -17,7 +17,8 @@ References:
 Differs from the reference:
     The mask is drawn anew after `patience` unchanged iterations of the image itself, not of its
     batch. A targeted attack succeeds at the target, not at any wrong class. Budgets of the
-    structured version are in pixels: as many blocks as surely fit.
+    structured version are in pixels: as many blocks as surely fit. The starting point can succeed already (there
+    it is used for its gradient only, and each of the updates is tested).
 """
 
 import dataclasses

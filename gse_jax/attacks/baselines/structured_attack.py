@@ -19,7 +19,9 @@ Differs from the reference:
     The z-step weighs the three copies equally, as in the paper's eq. (15) (the code counts delta
     twice). Points are clipped into the box before the model sees them, and norms are of the clipped
     y. An image is not scaled by the size of its batch, as in the GSE paper's code; the retraining
-    step is the original's. Without a success there is no support, and no retraining. Two savings change
+    step is the original's. Without a success there is no support, and no retraining. The preset "original" has
+    cells of 2 x 2 for images of any size, where the code takes 13 x 13 above 32 pixels: set `cell_size`. Rows and
+    columns that do not fill a cell are thresholded as a smaller one (there left as they are). Two savings change
     results by rounding only: y is tested only where that could change something, so not while it is
     zero or longer than the best one; and the gradient of the margin is zero beyond the boundary, where
     87 % of the points lie on CIFAR-10 images, so it is taken only at the others, from the forward

@@ -118,7 +118,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         gradient = evaluation.gradient * scale
         adversarial = is_adversarial(evaluation.logits, wanted(state.sample), targeted=targeted)
-        finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(gradient))
+        # Of an adversarial image the gradient is not used.
+        finite = jnp.isfinite(evaluation.loss) & (adversarial | jnp.all(jnp.isfinite(gradient)))
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
 
         clean = state.forward_evals == 0

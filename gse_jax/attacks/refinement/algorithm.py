@@ -284,7 +284,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
         here = measured(state, evaluation, params)
         opening = state.evals == 0
-        judged_state, anew = judged(state, here, adversarial & finite, params)
+        judged_state, anew = judged(state, here, adversarial, params)
         chosen = _select(anew, next_move(judged_state), judged_state)
         state = moved(chosen, here, anew, evaluation, params)
         evals = state.evals + 1
