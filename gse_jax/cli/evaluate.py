@@ -1,4 +1,4 @@
-"""`gse-jax evaluate`, `check`, `verify` and `report`: large evaluations that survive anything."""
+"""`gse-jax evaluate`, `check`, `verify` and `report`: large evaluations that go on after a kill."""
 
 import json
 from pathlib import Path

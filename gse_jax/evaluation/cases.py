@@ -16,7 +16,7 @@ import numpy as np
 
 from gse_jax.attacks.api import LARGEST_CIFAR_SIDE
 from gse_jax.attacks.registry import find_method
-from gse_jax.evaluation.plan import AttackPlan, Plan
+from gse_jax.evaluation.plan import AttackPlan, Plan, as_tuple
 
 
 class Case(NamedTuple):
@@ -119,8 +119,7 @@ def _group(attack: AttackPlan, image_shape, num_classes, ids) -> Group:
     _check_names("settings", attack.settings, known, attack.method)
     _check_names("hyperparams", attack.hyperparams, hyperparams._fields, attack.method)
     settings = dataclasses.replace(settings, **{  # hashable: TOML knows no tuples
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in attack.settings.items()})
+        name: as_tuple(value) for name, value in attack.settings.items()})
     hyperparams = hyperparams._replace(**{k: float(v) for k, v in attack.hyperparams.items()})
     method.check(settings, hyperparams, tuple(image_shape))
     name = attack.name or attack.method

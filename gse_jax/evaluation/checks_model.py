@@ -92,10 +92,10 @@ def check_output(probe, logits, x, y):
     top = np.sort(logits, axis=1)[:, -2:]
     saturated = top[:, 1] - top[:, 0] > _SATURATED
     if saturated.mean() >= 0.1:
-        median = float(np.median(top[:, 1] - top[:, 0]))
+        median = float(np.median((top[:, 1] - top[:, 0])[saturated]))
         found.append(Finding(
             "saturated", "warning", f"The two largest logits are more than {_SATURATED:g} apart for"
-            f" {share_of(saturated)} images (median {median:.3g}): softmax is exactly 1 and its "
+            f" {share_of(saturated)} images (by {median:.3g} in the median of these): softmax is exactly 1 and its "
             "gradient 0, a common form of gradient masking.", "Check the scale of the images; if "
             f"the model is meant so, attack its logits divided by {median / 10:.0f}, which leaves "
             "all predictions as they are, and compare with an attack that needs no gradient."))

@@ -80,7 +80,7 @@ class Watchdog:
             on_stall: called before, from the watchdog's thread; must not touch the device.
         """
         self._seconds, self._on_stall = seconds, on_stall
-        self._last = time.monotonic()
+        self._idle = 0.0
         self._stop = threading.Event()
 
     def __enter__(self):
@@ -94,11 +94,15 @@ class Watchdog:
 
     def beat(self) -> None:
         """Tell that something has moved."""
-        self._last = time.monotonic()
+        self._idle = 0.0
 
     def _watch(self):
-        while not self._stop.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
+        tick, last = min(1.0, self._seconds / 4), time.monotonic()
+        while not self._stop.wait(tick):
+            # A process that was suspended has not hung: the clock went on, this loop did not.
+            passed, last = min(time.monotonic() - last, 2 * tick), time.monotonic()
+            self._idle += passed
+            if self._idle > self._seconds:
                 try:
                     self._on_stall()
                     print(f"gse_jax: nothing has moved for {self._seconds:g} s, the device seems "

@@ -147,10 +147,10 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
                   expected_accuracy=job.plan.expected_accuracy)
     if unusable:
         name, reason = unusable[0]
-        found.append(Finding("unusable images", "warning",
+        fix = "Name one size for all, as folder:PATH,size=224" if "has shape" in reason else "Repair them"
+        found.append(Finding("unusable images", "error" if 2 * len(unusable) > len(chosen) else "warning",
                              f"{len(unusable)} of {len(chosen)} images cannot be used; the first is "
-                             f"{name!r}: {reason}.", "Repair them; else they are set aside as "
-                             "quarantined."))
+                             f"{name!r}: {reason}.", f"{fix}; else they are set aside as quarantined."))
     return found
 
 

@@ -188,7 +188,7 @@ def _checked(kind, values, where):
         types, expected = _FIELDS[name]
         if not isinstance(value, types) or isinstance(value, bool):
             raise TypeError(f"{place}{name} must be {expected}, got {value!r}")
-    return {name: _as_tuple(value) for name, value in values.items()}
+    return {name: as_tuple(value) for name, value in values.items()}
 
 
 def _plain(value):
@@ -202,8 +202,9 @@ def _plain(value):
     return {name: _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
-def _as_tuple(value):
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
+def as_tuple(value):
+    """Return lists, and those inside them, as tuples; anything else as it is."""
+    return tuple(as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _check_normalization(name: str):

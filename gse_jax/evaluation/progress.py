@@ -4,6 +4,7 @@
 `gse_jax.attacks.Progress` of a single `attack` call.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,18 @@ class Rates(NamedTuple):
 
     evals_per_second: float | None
     seconds_left: float | None
+
+
+def say(line: str) -> None:
+    """Print a line on stderr; where nobody reads that any more, go on in silence.
+
+    Args:
+        line: without its end.
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # e.g. the `tee` behind it is gone; what is still in the buffer would fail at the end
+        sys.stderr = open(os.devnull, "w")
 
 
 class Meter:
@@ -120,6 +133,7 @@ class Display:
             interval: seconds between plain lines at least.
         """
         self._stream = stream or sys.stderr
+        self._to_stderr = stream is None
         self._interval = interval
         self._bar: Any = None
         self._last_line = -float("inf")
@@ -152,7 +166,7 @@ class Display:
         line = describe(progress, rates)
         if line != self._shown and (progress.done == progress.total
                                     or now - self._last_line >= self._interval):
-            print(line, file=self._stream, flush=True)
+            say(line) if self._to_stderr else print(line, file=self._stream, flush=True)
             self._last_line, self._shown = now, line
 
 

@@ -78,8 +78,10 @@ def attack_chunk(spec: Spec, group_index: int, entries) -> tuple[list[Finished],
     jax.config.update("jax_enable_x64", spec.x64)
     model, forward = spec.model, _forward(spec)
     group = spec.groups[group_index]
+    place = spec.key, group_index
     attacker = Attacker(model, group, forward, num_samples=spec.num_samples, seed=spec.seed,
-                        lanes=spec.lanes)
+                        lanes=_LANES.get(place, spec.lanes),
+                        on_out_of_memory=functools.partial(_LANES.__setitem__, place))
     samples = [(read, [group.cases[i] for i in cases]) for read, cases in entries]
     finished, attacked, lane_evals = [], [], 0
     for advance in attacker.run(samples, sum(len(cases) for _, cases in samples)):
@@ -89,6 +91,7 @@ def attack_chunk(spec: Spec, group_index: int, entries) -> tuple[list[Finished],
     return finished + measured(attacked, forward, model.bounds), lane_evals
 
 
+_LANES: dict[tuple[str, int], int] = {}  # for how many there was room, where it was not for all
 _FORWARDS: dict[str, Forward] = {}
 
 
@@ -96,6 +99,7 @@ def _forward(spec):
     # Compiled functions are kept between the tasks of one run, and only those.
     if spec.key not in _FORWARDS:
         _FORWARDS.clear()
+        _LANES.clear()
         model = spec.model
         _FORWARDS[spec.key] = Forward(model.params, model.apply_fn, model.image_shape)
     return _FORWARDS[spec.key]

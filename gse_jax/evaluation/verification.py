@@ -104,6 +104,7 @@ def verify(run_dir, *, model=None, quantize: bool = False) -> Verification:
         FileNotFoundError, ValueError: if the directory is not a run, or names no model.
     """
     run = open_run(run_dir)
+    entries = count_entries(run.path)  # before they are read: what a writer adds meanwhile is not looked at
     apply_fn, params = load_model(Plan.from_dict(run.manifest["plan"]), model)
     stored = run.manifest["fingerprint"]
     now = {"weights": weights_digest(params), "model": model_name(apply_fn),
@@ -119,7 +120,7 @@ def verify(run_dir, *, model=None, quantize: bool = False) -> Verification:
     for batch in _batches(run, tally, size):
         tally.look_at(batch, size)
     verification = tally.result()
-    return verification._replace(path=_save(run, verification))
+    return verification._replace(path=_save(run, verification, entries))
 
 
 def quantized(x, bounds) -> np.ndarray:
@@ -230,10 +231,10 @@ def _batches(run: Run, tally: _Tally, size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _save(run: Run, verification: Verification) -> Path | None:
+def _save(run: Run, verification: Verification, entries: int) -> Path | None:
     name = "verification-8bit.json" if verification.quantized else "verification.json"
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    content = json.dumps({"time": now, "entries": count_entries(run.path),
+    content = json.dumps({"time": now, "entries": entries,
                           **verification.to_dict()}, indent=1).encode()
     try:
         write_file(run.path / name, lambda file: file.write(content))

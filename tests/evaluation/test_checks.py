@@ -351,6 +351,15 @@ def test_saturated_logits_are_gradient_masking():
     assert "more than 80 apart for 40 of 40" in found.message and "divided by" in found.fix
 
 
+def test_the_advice_for_some_saturated_images_is_about_those():
+    def model(params, x):
+        logits = quadrants(params, x)
+        return jnp.where(jnp.arange(len(x))[:, None] % 5 == 0, 3000.0, 1.0) * logits
+
+    found = next(f for f in run(model) if f.name == "saturated")
+    assert "for 8 of 40" in found.message and "divided by 0" not in found.fix
+
+
 def test_saturated_probabilities_have_no_gradient():
     findings = run(lambda p, x: jax.nn.softmax(1e4 * quadrants(p, x)))
     assert {f.name for f in serious(findings)} == {"probabilities", "gradients"}

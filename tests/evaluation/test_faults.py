@@ -292,6 +292,21 @@ def test_the_watchdog_ends_a_process_in_which_nothing_moves():
     assert (ended.returncode, ended.stdout) == (EXIT_RESUMABLE, "moved\nstalled\n")
 
 
+def test_the_watchdog_spares_a_process_that_was_suspended():
+    script = ("import time\nfrom gse_jax.evaluation.interruption import Watchdog\n"
+              "with Watchdog(1.0, lambda: print('stalled', flush=True)) as watchdog:\n"
+              "    print('begun', flush=True)\n"
+              "    for _ in range(4):\n        time.sleep(0.2)\n        watchdog.beat()\n"
+              "    print('done', flush=True)\n")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "done\n")
+
+
 @pytest.mark.slow
 def test_a_hung_device_ends_the_process_with_the_resumable_code(whole, tmp_path, cache):
     process = start(tmp_path / "run", cache=cache, then="hang", stall_seconds=15)

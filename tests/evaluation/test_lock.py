@@ -82,15 +82,17 @@ def foreign(tmp_path, age):
 
 
 def test_a_writer_on_another_machine_is_dead_when_its_heart_has_stopped(tmp_path):
-    foreign(tmp_path, lock.STALE_SECONDS + 5)
+    foreign(tmp_path, lock._LONG_AGO + 5)
     with WriterLock(tmp_path, "main", (0, 1)):
         owner = json.loads((tmp_path / "main.lock").read_text())
         assert owner["pid"] == os.getpid()
     assert (tmp_path / "main.lock").read_text() == ""
 
 
-def test_in_doubt_it_waits_for_a_heartbeat(tmp_path, monkeypatch):
-    path = foreign(tmp_path, lock.STALE_SECONDS - 30)
+@pytest.mark.parametrize("age", [lock.STALE_SECONDS - 30, lock.STALE_SECONDS + 60, -600],
+                         ids=["seen lately", "our clock is ahead", "our clock is behind"])
+def test_in_doubt_it_waits_for_a_heartbeat(tmp_path, monkeypatch, age):
+    path = foreign(tmp_path, age)
     slept = []
 
     def sleep(seconds):

@@ -105,6 +105,13 @@ def test_presets_follow_size_and_direction_and_changes_are_applied():
     assert first.cases[0].target("a", 8, 10) == -1
 
 
+def test_lists_in_lists_become_tuples():
+    settings = {"structure": "patch", "pattern": [[1, 1], [1, 1]], "num_pixels": 8}
+    plan = Plan.from_dict({"attacks": [{"method": "sparse_pgd", "settings": settings}]})
+    (group,) = resolve(plan, (32, 32, 3), 10, ("a",))
+    assert group.settings.pattern == ((1, 1), (1, 1))
+
+
 @pytest.mark.parametrize(("attack", "message"), [
     (AttackPlan(method="gsee"), "method='gsee' is unknown"),
     (AttackPlan(settings={"runs": 1}), "settings.runs is unknown to method 'gse'; use one of"),

@@ -1,6 +1,8 @@
 """Progress: rates, lines for logs, a bar for terminals."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +59,16 @@ def test_a_terminal_gets_a_bar():
         show(RunProgress(3, 8, 3, 2, 500, 0))
         show(RunProgress(8, 8, 8, 6, 900, 0))
     assert "8/8" in stream.getvalue() and "success rate 75.0 %" in stream.getvalue()
+
+
+def test_a_reader_that_has_gone_ends_nothing():
+    """`2>&1 | tee log`: Ctrl-C ends tee too."""
+    script = ("import sys\nfrom gse_jax.attacks import Progress\nfrom gse_jax.evaluation.progress import display, say\n"
+              "sys.stdin.readline()\n"
+              "with display(interval=0.0) as show:\n    for done in range(1, 4):\n        show(Progress(done, 3, 0, 9, 9))\n"
+              "say('the end')\nsys.exit(75)\n")
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stderr.close()
+    process.stdin.write(b"go\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 75

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from gse_jax.evaluation import MismatchError, evaluate, open_run, verify
+from gse_jax.evaluation import verification
 from gse_jax.evaluation.durable import Journal
+from gse_jax.evaluation.store import count_entries
 from gse_jax.evaluation.verification import quantized
 from tests.evaluation.small_run import PLAN, dataset, model
 
@@ -149,3 +151,29 @@ def test_the_eight_bit_grid():
     np.testing.assert_allclose(quantized(2 * grid - 1 + 0.003, (-1.0, 1.0))[:-1], 2 * grid[:-1] - 1,
                                atol=1e-12)
     assert quantized(np.float32([0.3]), (0.0, 1.0)).dtype == np.float32
+
+
+def test_what_is_written_meanwhile_is_not_called_verified(run_dir, monkeypatch):
+    records = open_run(run_dir).records
+    look_at = verification._Tally.look_at
+
+    def writing(*arguments):
+        if not written:
+            written.append(None)
+            with Journal(run_dir / "records" / "other.jsonl") as journal:
+                journal.append([dict(records[0])])
+        return look_at(*arguments)
+
+    written = []
+    monkeypatch.setattr(verification._Tally, "look_at", writing)
+    verify(run_dir, model=model())
+    assert json.loads((run_dir / "verification.json").read_text())["entries"] == count_entries(run_dir) - 1
+
+
+def test_the_same_model_from_another_script_verifies(run_dir):
+    apply_fn, params = model()
+
+    def elsewhere(params, x):
+        return apply_fn(params, x)
+
+    assert verify(run_dir, model=(elsewhere, params)).ok
