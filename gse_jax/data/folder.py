@@ -13,7 +13,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", "
 def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFiles:
     """List `PATH/CLASS/**/IMAGE`; classes sorted by name, images by folder and name.
 
-    Hidden folders and `__MACOSX` are no classes.
+    Hidden files and folders, `__MACOSX` and `@eaDir` are left out.
 
     Args:
       rest: Folder and options; a relative folder starts from `data_dir`. Names of classes that are
@@ -34,9 +34,7 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     resize, root = resize_from_options(options), existing_path(name, data_dir, USAGE)
     if not root.is_dir():
         raise ValueError(f"source: {root} is a file, expected a folder with one folder per class")
-    # What file managers, notebooks and archives leave behind is no class.
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir()
-                     and not entry.name.startswith(".") and entry.name != "__MACOSX")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_litter(entry.name))
     images = {name: _images_in(root / name) for name in classes}
     numeric = all(name.isdecimal() for name in classes if images[name])
     paths, labels, ids = [], [], []
@@ -58,9 +56,15 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
 def _images_in(folder: Path) -> list[Path]:
     found = []
     for parent, _, files in sorted(os.walk(folder, followlinks=True)):
-        found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
+        if not any(map(_is_litter, Path(parent).relative_to(folder).parts)):
+            found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
     return found
 
 
+def _is_litter(name: str) -> bool:
+    """What file managers, notebooks and archives leave behind."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in _SUFFIXES
+    return not _is_litter(name) and Path(name).suffix.lower() in _SUFFIXES

@@ -178,9 +178,10 @@ class ImageFiles:
         with _opened(self._files[index]) as image:
             # Pillow cuts colours of 16 bits to 8; how they are stored shows in its tiles.
             tiles = getattr(image, "tile", ())  # none where it was made from an array
-            stored = f"{image.mode} {tiles[0].args if tiles else ''}"
+            arguments = tiles[0][3] if tiles else ""
+            stored = f"{image.mode} {arguments}"
             # Those of a PPM end with its largest value.
-            last = tiles[0].args[-1] if tiles and image.format == "PPM" else 0
+            last = arguments[-1] if tiles and image.format == "PPM" else 0
             if isinstance(last, int) and last > 255 or image.mode.startswith(("I", "F")) or ";16" in stored:
                 raise ValueError(f"{self.ids[index]} has more than 8 bits per channel ({stored})")
             image = _resized(image.convert(self._mode), self._resize)

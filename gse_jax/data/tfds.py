@@ -9,6 +9,7 @@ References:
   https://www.tensorflow.org/datasets/data_source, https://www.tensorflow.org/datasets/api_docs
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -168,6 +169,10 @@ def _by_number(tfds, name, split, data_dir):
 
 
 def _in_sequence(tfds, name, split, data_dir):
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # it runs already
+        tf.config.set_visible_devices([], "GPU")  # it would take all of the memory that JAX needs
     images, labels, ids = _Spool(), [], []
     examples, info = tfds.load(
         name, split=split, data_dir=data_dir, download=False, shuffle_files=False, with_info=True,

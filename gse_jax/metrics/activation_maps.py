@@ -48,9 +48,9 @@ def cam(features, head, y=None):
             f"got {features.shape} and {head.shape}"
         )
     if y is None:
-        return jnp.einsum("nhwk,kc->nhwc", features, head)
+        return jnp.einsum("nhwk,kc->nhwc", features, head, precision="highest")
     y = require_labels("y", y, features.shape[0], head.shape[1])
-    return jnp.einsum("nhwk,kn->nhw", features, head[:, y])
+    return jnp.einsum("nhwk,kn->nhw", features, head[:, y], precision="highest")
 
 
 def grad_cam(params, apply_fn, x, y):
@@ -87,9 +87,10 @@ def grad_cam(params, apply_fn, x, y):
     x = jnp.asarray(x)
     offset_apply, shape = with_feature_offset(apply_fn, params, x)
     zero = jnp.zeros(shape.shape, shape.dtype)
-    logits, pull_back, features = jax.vjp(
-        lambda offset: offset_apply(params, x, offset), zero, has_aux=True
-    )
+    with jax.default_matmul_precision("highest"):  # as attacks see the model
+        logits, pull_back, features = jax.vjp(
+            lambda offset: offset_apply(params, x, offset), zero, has_aux=True
+        )
     y = require_labels("y", y, x.shape[0], logits.shape[-1])
     (gradient,) = pull_back(jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype))
     positions = tuple(range(1, gradient.ndim - 1))

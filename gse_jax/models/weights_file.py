@@ -166,8 +166,7 @@ def save(path: str | os.PathLike, params: Mapping[Any, Any]) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors import numpy as safetensors
+    from safetensors import SafetensorError, deserialize
 
     with path.open("rb") as file:
         start = file.read(512)
@@ -177,11 +176,27 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if start[8:9] != b"{":
         _refuse_known(path, start)
     try:
-        return safetensors.load(path.read_bytes())
+        views = deserialize(path.read_bytes())
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"weights: {path} is truncated or no safetensors/npz file ({error}); fetch it again"
         ) from None
+    return {name: np.frombuffer(view["data"], _dtype(path, name, view["dtype"])).reshape(view["shape"])
+            for name, view in views}
+
+
+def _dtype(path: Path, name: str, stored: str):
+    """The dtype of safetensors' F32, I64, BOOL ...; its own reader for NumPy knows no BF16."""
+    if stored == "BF16":
+        import jax.numpy as jnp
+
+        return jnp.dtype(jnp.bfloat16)
+    kind, bits = stored[:1], stored[1:]
+    if stored == "BOOL":
+        return np.dtype(bool)
+    if kind not in "FIUC" or not bits.isdecimal():
+        raise ValueError(f"weights: {path}: {name} is stored as {stored}; convert it to 16 or 32 bits")
+    return np.dtype(f"{kind.lower()}{int(bits) // 8}")
 
 
 def _refuse_known(path: Path, start: bytes) -> None:

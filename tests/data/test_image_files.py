@@ -4,6 +4,7 @@ import struct
 import threading
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,6 +49,8 @@ def test_what_tools_leave_behind_is_no_class(folder):
     expected = data.load(f"folder:{folder}")
     for name in (".ipynb_checkpoints", "__MACOSX/cat", ".thumbnails"):
         write(folder / name / "9.png", PIXELS[0])
+    for name in (".ipynb_checkpoints/1.png", "more/@eaDir/1.png", "._1.png"):
+        write(folder / "cat" / name, PIXELS[0])
     dataset = data.load(f"folder:{folder}")
     assert dataset.ids == expected.ids and dataset.class_names == expected.class_names
     np.testing.assert_array_equal(dataset.labels, expected.labels)
@@ -313,3 +316,27 @@ def test_published_images_are_the_resized_ones(shared):
         assert np.array_equal(original.labels, arrays["y"][chosen])
         difference = np.abs(original.images - arrays["x"][chosen] / np.float32(255))
     assert original.images.shape == (24, 224, 224, 3) and difference.mean() < 0.01
+
+
+def test_tiles_of_older_pillow_are_plain_tuples(folder, monkeypatch):
+    opened = image_files._opened
+
+    def older(content):
+        image = opened(content)
+        image.tile = [tuple(tile) for tile in image.tile]
+        return image
+
+    monkeypatch.setattr(image_files, "_opened", older)
+    assert len(data.load(f"folder:{folder}").images) == 4
+
+
+def test_images_of_many_sizes_stop_the_evaluation_of_a_folder_without_a_size(tmp_path):
+    for i in range(9):
+        write(tmp_path / "set" / "cat" / f"{i}.png", RANDOM.integers(0, 256, (8 + i % 3, 8, 3)).astype(np.uint8))
+
+    def model(params, x):
+        return jnp.stack([x.mean((1, 2, 3)), 0.4 + 0 * x.mean((1, 2, 3))], 1)
+
+    with pytest.raises(ValueError, match=r"6 of 9 images cannot be used.*has shape.*size=224"):
+        evaluate(Plan(data=f"folder:{tmp_path / 'set'}", attacks=(AttackPlan("sigma_zero"),)), tmp_path / "run",
+                 model=(model, {}))

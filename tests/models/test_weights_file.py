@@ -1,10 +1,12 @@
 """Weight files: every accepted spelling, every damage, and saving."""
 
+import json
 import os
 import pickle
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.models.numpy_resnet import random_tensors
@@ -42,6 +44,22 @@ def test_half_precision_files_are_widened(tmp_path):
     leaves = leaves_of(half, tmp_path / "half")
     exact = leaves_of({n: a.astype(np.float32) for n, a in half.items()}, tmp_path / "exact")
     assert all(np.array_equal(a, b) for a, b in zip(leaves, exact, strict=True))
+
+
+def test_bfloat16_files_are_widened(tmp_path):
+    half = {name: np.asarray(array, jnp.bfloat16) for name, array in TENSORS.items()}
+    parts, header = [], {}
+    for name, array in half.items():
+        begin = sum(map(len, parts))
+        parts.append(array.tobytes())
+        header[name] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [begin, begin + array.nbytes]}
+    text = json.dumps(header).encode()
+    (tmp_path / "half").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+    exact = leaves_of({n: a.astype(np.float32) for n, a in half.items()}, tmp_path / "exact")
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(load(tmp_path / "half")[1]), exact, strict=True))
+    (tmp_path / "eighth").write_bytes((tmp_path / "half").read_bytes().replace(b'"BF16"', b'"F8_X"'))
+    with pytest.raises(ValueError, match="truncated|F8_X"):
+        load(tmp_path / "eighth")
 
 
 def changed(**changes):
