@@ -73,9 +73,10 @@ def published(folder, targeted):
     to_unit_range = type("ToUnitRange", (torch.nn.Module,), {"forward": lambda self, x: (x + 1) / 2})
 
     def run(model, x, labels):
-        network = torch.nn.Sequential(to_unit_range(), model)
-        return to_unit_range()(attack(network, targeted=targeted, mu=hyperparams.mu, q=hyperparams.q,
-                                      sigma=hyperparams.step_size, k_hat=settings.phase1_steps)(2 * x - 1, labels))
+        network, shifted = torch.nn.Sequential(to_unit_range(), model), 2 * x - 1
+        found = attack(network, targeted=targeted, mu=hyperparams.mu, q=hyperparams.q,
+                       sigma=hyperparams.step_size, k_hat=settings.phase1_steps)(shifted, labels)
+        return torch.where(found == shifted, x, to_unit_range()(found))  # what it left alone is not rounded
 
     return run
 
