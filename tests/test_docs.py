@@ -83,3 +83,10 @@ def test_questions_that_the_page_on_gse_must_answer():
     for words in ("regulariser and Nesterov", "prox of the half-quasinorm", "grows groups",
                   "without a constraint", "speed comes from", "on a grid", "which pixels move"):
         assert any(words in heading for heading in headings), words
+
+
+def test_tables_are_those_of_the_results():
+    """Whoever measures anew writes the pages anew."""
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "readme_table.py", "--check"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -103,7 +103,10 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
     devices = jax.local_devices()
     if lanes is not None:
         devices = devices[:lanes]
-        return devices, -(-lanes // len(devices))
+        width = -(-lanes // len(devices))
+        if num_images and _platform(devices) == "cpu" and -(-num_images // len(devices)) <= _FEW:
+            width = min(width, CPU_WIDTH_FOR_FEW)  # no wider than they would be without a wish
+        return devices, width
     width = default_lanes_per_device(_platform(devices), *image_shape[:2])
     if num_images:
         devices = devices[:num_images]
@@ -288,7 +291,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
             hold, eight for each lane (fewer of more than 64 x 64 pixels), and one batch.
         image_shape: (H, W, C).
         lanes: number of images worked on at a time over all devices, rounded up to a multiple of
-            their number; None for a default that suits the devices.
+            their number; None for a default that suits the devices. A CPU takes fewer for few images.
         num_images: how many images will come, if known; fewer lanes for few images.
 
     Yields:

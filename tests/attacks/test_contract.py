@@ -402,6 +402,7 @@ def root_of_a_pixel(params, x):
 @pytest.mark.parametrize("method", ["gse", "pgd"])
 def test_an_adversarial_image_without_a_gradient_is_a_success(method):
     x = np.full((1, 8, 8, 1), 0.25)
+    x[0, 0, 0, 0] = 0.02
     result = gse_jax.attack(10.0, root_of_a_pixel, x, np.zeros(1, int), method=method)
     given = x.copy()
     given[0, 0, 0, 0] = 0.0
@@ -422,4 +423,5 @@ def test_refine_keeps_a_given_image_without_a_gradient():
 def test_several_keys_are_refused():
     x, y = np.full((1, 8, 8, 1), 0.25), np.zeros(1, int)
     with pytest.raises(ValueError, match=r"key must be one key.*shape \[4\]"):
-        gse_jax.attack(10.0, root_of_a_pixel, x, y, method="sparse_rs", key=jax.random.split(jax.random.key(0), 4))
+        gse_jax.attack(10.0, root_of_a_pixel, x, y, method="sparse_rs", settings=SparseRSSettings(num_pixels=4),
+                       key=jax.random.split(jax.random.key(0), 4))

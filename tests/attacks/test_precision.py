@@ -182,7 +182,8 @@ def test_logits_with_more_digits_than_the_images_do_not_tie():
     apart = jnp.asarray(1e-12, jnp.float64)
 
     def model(params, x):
-        return jnp.stack([0.0 * x.mean((1, 2, 3)) + 1.0, 0.0 * x.mean((1, 2, 3)) + 1.0 + params], 1)
+        one = 0.0 * x.mean((1, 2, 3)).astype(jnp.float64) + 1.0
+        return jnp.stack([one, one + params], 1)
 
     result = gse_jax.attack(apart, model, x, np.ones(1, int), settings=SHORT)
     assert model(apart, x).argmax() == 1 and result.status[0] == Status.NOT_FOUND
