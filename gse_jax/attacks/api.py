@@ -52,7 +52,7 @@ def attack(
         params: any pytree of arrays; passed to `apply_fn`.
         apply_fn: (params, x [N, H, W, C]) -> logits [N, K], in evaluation mode, each row depending
             on its own image only. Pass the same function object in later calls: a new lambda
-            compiles anew. Weights belong in `params`: what the function itself holds is read once.
+            compiles anew, and so does one that holds a Flax NNX module, in every call. Weights belong in `params`: what the function itself holds is read once.
         x: [N, H, W, C] float32 or float64, C in {1, 3}, H and W >= 8, values inside `bounds`.
             N may be 0.
         y: [N] int, true labels.
@@ -64,8 +64,8 @@ def attack(
         bounds: (lowest, highest) pixel value of `x` and of the result. The same image in another
             range gets the same relative perturbation.
         key: None, an int, or a `jax.random.key`; attacks without randomness ignore it.
-        lanes: number of images worked on at a time, over all devices. Changes speed, not results
-            (up to the model's own rounding).
+        lanes: number of images worked on at a time, over all devices (rounded up to a multiple of their
+            number; a CPU takes fewer for few images). Changes speed, not results (up to the model's own rounding).
         precision: how accelerators multiply inside the loop, "highest" (float32), "tf32" or "bf16";
             where the model's own calls say nothing else. After a coarser loop the adversarial
             images are classified once more in float32, and what does not hold is not found. Whoever
@@ -294,8 +294,9 @@ class _Call:
         else:
             outcome = run(setup.program, *arguments, self.lanes, progress)
         if self.precision != "highest" and count:
-            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets,
-                                samples.start, self.lanes)
+            if starts is not None:
+                starts = _within_caps(samples.x, samples.start, setup.hyperparams, self.bounds)
+            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets, starts, self.lanes)
         outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)
 
@@ -320,6 +321,15 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
     return _Setup(program, hyperparams, as_key(key), num_classes, staged, name,
                   lambda x: segments_of(row, settings, x, bounds))
+
+
+def _within_caps(x, starts, hyperparams, bounds):
+    """Return the given images that keep the caps on norms, and the clean ones of the others."""
+    array = np if isinstance(starts, np.ndarray) else jnp
+    w = (starts - x) / (0.5 * (bounds[1] - bounds[0]))
+    kept = array.sqrt((w * w).sum((1, 2, 3))) <= hyperparams.max_l2 * (1.0 + 1e-5)
+    kept &= abs(w).max((1, 2, 3)) <= hyperparams.max_linf * (1.0 + 1e-5)
+    return array.where(array.asarray(kept)[:, None, None, None], starts, x)
 
 
 def _on_this_process(params):

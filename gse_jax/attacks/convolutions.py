@@ -163,7 +163,9 @@ def _with_own_derivative(eqn):
 def _with_own_pullback(eqn):
     """A `custom_vjp` function with its value and its derivative rule rewritten."""
     body = eqn.params["call_jaxpr"]
-    smooth = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars]
+    # What the function closes over comes first; its rule has no derivative by that.
+    smooth = [i >= eqn.params["num_consts"] and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+              for i, v in enumerate(eqn.invars)]
 
     def split(args):
         return [a for a, s in zip(args, smooth) if s], [a for a, s in zip(args, smooth) if not s]

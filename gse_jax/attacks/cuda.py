@@ -102,6 +102,7 @@ class Tuned:
                 self._chosen[looks] = run
                 return result
             except jax.errors.JaxRuntimeError as error:
+                del copied  # room for the next
                 if is_out_of_memory(error):
                     break
                 _LOGGER.info("compiled without %s: %s", ", ".join(options), error)

@@ -179,10 +179,17 @@ def _parts(one) -> list:
         return parts
     for kind in type(one).__mro__:
         if not _of_library(kind):
-            parts += [getattr(one, name, None) for name in vars(kind).get("__slots__", ())]
+            parts += [_attribute(one, name) for name in vars(kind).get("__slots__", ())]
             parts += [part for name, part in vars(kind).items()
                       if name == "__call__" or not inspect.isroutine(part)]
     return parts
+
+
+def _attribute(one, name):
+    try:
+        return getattr(one, name)
+    except Exception:  # a lazy module may raise anything
+        return None
 
 
 def _of_library(one) -> bool:
@@ -196,7 +203,7 @@ def _globals(code, scope) -> list:
         if step.opname == "LOAD_GLOBAL":
             found.append(scope.get(step.argval))
         elif module is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            found.append(getattr(module, step.argval, None))
+            found.append(_attribute(module, step.argval))
         else:
             module = None
             continue

@@ -105,7 +105,7 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
         devices = devices[:lanes]
         width = -(-lanes // len(devices))
         if num_images and _platform(devices) == "cpu" and -(-num_images // len(devices)) <= _FEW:
-            width = min(width, CPU_WIDTH_FOR_FEW)  # no wider than they would be without a wish
+            width = min(width, layout(num_images, None, image_shape)[1])  # no wider than without a wish
         return devices, width
     width = default_lanes_per_device(_platform(devices), *image_shape[:2])
     if num_images:

@@ -63,7 +63,7 @@ class DifferentiableResult:
         adversarials: [N, H, W, C] last iterate of the run, in the caller's bounds. Adversarial
             where `success`; elsewhere where the run stopped, which `gse_jax.attack` throws away. The
             clean image where the model gave NaN.
-        logits: [N, K] of `adversarials`.
+        logits: [N, K] of `adversarials`; less their largest where they have more digits than the images.
         gap: [N] by how much the true class leads all others at `adversarials` (in a targeted
             attack, by how much the target trails); negative where adversarial. Not clipped at 0.
         success: [N] bool, as in `AttackResult`.

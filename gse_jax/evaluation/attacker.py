@@ -158,9 +158,7 @@ class Attacker:
             key=self._seed, lanes=self.lanes, num_images=count)
 
     def _lanes_in_use(self, count) -> int:
-        if self.lanes is not None:
-            return self.lanes
-        devices, width = layout(count, None, self._model.image_shape)
+        devices, width = layout(count, self.lanes, self._model.image_shape)
         return min(width * len(devices), count)
 
     def _take(self, number, row, outcome) -> Attacked:

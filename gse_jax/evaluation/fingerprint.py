@@ -153,13 +153,10 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
         One line per difference, e.g. "seed: 0 in the run, now 1"; empty if they agree.
     """
     lines = []
-    programs = [values.get("program of the model", "absent") for values in (stored, now)]
     for name in [*stored, *(name for name in now if name not in stored)]:
         before, after = stored.get(name, "absent"), now.get(name, "absent")
         if name == "program of the model" and before.split()[0] != after.split()[0]:
             continue  # another version of JAX may trace another program, and old runs know none
-        if name == "model" and programs[0] == programs[1] != "absent":
-            continue  # another script calls its module otherwise; what it computes is the same
         if before != after:
             lines.append(f"{name}: {_short(before)} in the run, now {_short(after)}")
     return lines

@@ -20,6 +20,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 
 _LONG_AGO = 3600.0
+_FIRST_LOOK: dict[Path, tuple[float, float]] = {}  # time stamp of a lock file, and when we saw that
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -45,6 +46,8 @@ class WriterLock:
         self._stop = threading.Event()
 
     def __enter__(self):
+        for path in self._folder.glob("*.lock"):  # of all at once: their owners are waited for together
+            _FIRST_LOOK[path] = path.stat().st_mtime, time.monotonic()
         # Not unlinked afterwards: a process that waits on an unlinked file would lock a ghost.
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -126,7 +129,9 @@ def _alive(path: Path, *, trust_processes: bool) -> bool:
             return False
         if os.name != "nt":  # Windows has no signal that only asks: there its heartbeat tells.
             return _process_lives(owner["pid"])
-    last, begin = path.stat().st_mtime, time.monotonic()
+    last, begin = _FIRST_LOOK.get(path) or (path.stat().st_mtime, time.monotonic())
+    if path.stat().st_mtime != last:
+        return True
     # Clocks of two machines differ by minutes, so only what is hours old is dead without a wait.
     while time.time() - last < _LONG_AGO and time.monotonic() - begin < STALE_SECONDS:
         time.sleep(min(STALE_SECONDS, 1.0))

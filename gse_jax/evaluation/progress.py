@@ -56,8 +56,10 @@ def say(line: str) -> None:
     """
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # e.g. the `tee` behind it is gone; what is still in the buffer would fail at the end
+    except BrokenPipeError:  # the `tee` behind it is gone; what is still in the buffer would fail at the end
         sys.stderr = open(os.devnull, "w")
+    except OSError:  # e.g. a full disk: this line is lost
+        pass
 
 
 class Meter:

@@ -418,6 +418,8 @@ def test_refine_keeps_a_given_image_without_a_gradient():
     result = gse_jax.refine(10.0, root_of_a_pixel, x, given, np.zeros(1, int))
     assert result.status[0] == Status.FOUND
     np.testing.assert_array_equal(result.adversarials, given)
+    wrong = gse_jax.refine(10.0, root_of_a_pixel, given, given, np.zeros(1, int))
+    assert wrong.status[0] == Status.ALREADY_MISCLASSIFIED
 
 
 def test_several_keys_are_refused():

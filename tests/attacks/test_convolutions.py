@@ -251,6 +251,10 @@ def test_a_gradient_rule_of_its_own_is_kept():
 
     quantised.defvjp(lambda x, k, levels: (quantised(x, k, levels), (x, k)), backward)
     x, k = operands()
+    scale = jnp.float32(1.5)  # what a rule closes over takes no part in it
+    closing = jax.custom_vjp(lambda x, k: conv(x, k) * scale)
+    closing.defvjp(lambda x, k: (closing(x, k), (x, k)), lambda args, c: jax.vjp(conv, *args)[1](c))
+    assert_close(*(jax.jit(jax.grad(lambda k: jnp.sum(f(closing)(x, k) ** 2)))(k) for f in (canonical_convolutions, jax.jit)))
 
     def gradient(transform):
         fn = transform(quantised)

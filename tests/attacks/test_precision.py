@@ -10,6 +10,7 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks.algorithm import Outcome
+from gse_jax.attacks.api import _within_caps
 from gse_jax.attacks.precision import confirmed
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import adversarial_saliency
@@ -187,3 +188,12 @@ def test_logits_with_more_digits_than_the_images_do_not_tie():
 
     result = gse_jax.attack(apart, model, x, np.ones(1, int), settings=SHORT)
     assert model(apart, x).argmax() == 1 and result.status[0] == Status.NOT_FOUND
+
+
+def test_what_refine_gives_back_keeps_its_caps():
+    x = np.zeros((2, 8, 8, 1))
+    starts = x.copy()
+    starts[0, 0, 0, 0], starts[1, 0, :4, 0] = 1.0, 1.0  # of l2 norm 2 and 4 in units of half the range
+    caps = gse_jax.preset("gse_refined", "cifar10")[1]._replace(max_l2=3.0)
+    kept = _within_caps(x, starts, caps, (0.0, 1.0))
+    np.testing.assert_array_equal(kept, np.stack([starts[0], x[1]]))

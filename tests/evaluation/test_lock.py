@@ -152,3 +152,14 @@ def test_the_heart_beats(tmp_path, monkeypatch):
                 break
             lock.time.sleep(0.01)
         assert path.stat().st_mtime > 1
+
+
+def test_several_dead_writers_are_waited_for_together(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    for i in range(5):
+        path = tmp_path / f"shard-{i}-of-5.lock"
+        path.write_text(json.dumps({"host": "elsewhere 1", "pid": 1, "residue": [i, 5]}))
+    with WriterLock(tmp_path, "main", (0, 1)):
+        assert lock.STALE_SECONDS <= clock[0] < lock.STALE_SECONDS + 2

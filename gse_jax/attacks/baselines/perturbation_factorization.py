@@ -22,7 +22,8 @@ Differs from the reference:
     values are 66 pixels here. A factor above 1/2 is not enough: no more than k pixels are kept. All
     points of the tuning are tested, not the last alone, and of those that fool the model the one
     with the smallest l2 norm is returned. A step on s is never longer than one over the curvature
-    of the penalties, beyond which it diverges (the published step does on large images).
+    of the penalties, or of |s m|^2, beyond which it diverges (the published step does on large images, and
+    where runs have failed).
     Superpixels are those of the image in [0, 1]; the GSE paper's code casts images in [-1, 1] to 8
     bits first.
 """

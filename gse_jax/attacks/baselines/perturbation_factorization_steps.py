@@ -126,8 +126,8 @@ def selection_step(selection, duals, magnitude, gradient, segments, num_pixels, 
     slope += duals.group + group * (selection - in_groups)
     slope += duals.budget + budget * (jnp.sum(selection) - num_pixels)
     curvature = box + sphere + group + budget * selection.size
-    # That of |s m|^2 matters only where magnitudes have left the range of images. The larger of both is at
-    # least half of their sum, so the step stays below the length at which it would diverge.
+    # That of |s m|^2, which matters where magnitudes are large. The larger of both is at least half of their
+    # sum, so the step stays below the length at which it would diverge.
     curvature = jnp.maximum(curvature, jnp.sum(2.0 * magnitude**2, axis=-1))
     new = selection - jnp.minimum(step_size_at(params.step_size, count), 1.0 / curvature) * slope
     return new, Duals(duals.box + box * (new - in_box), duals.sphere + sphere * (new - on_sphere),

@@ -298,6 +298,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                             RUNNING)
         verdict = jnp.where(unchanged & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)
         verdict = jnp.where(opening & ~adversarial, Status.NOT_FOUND, verdict)
+        finite |= unchanged & adversarial  # then the gradient is not used
         # What was found is true whatever the model says elsewhere.
         verdict = jnp.where(finite, verdict, jnp.where(kept, Status.FOUND, Status.NON_FINITE))
         return state._replace(status=verdict.astype(jnp.int32), evals=evals)
