@@ -1,6 +1,6 @@
 """A small smooth classifier of the digits for the differentiable examples: seconds to train.
 
-Linear embedding of 4 x 4 patches, softplus, one hidden layer. Smooth, so that derivatives of
+Linear embedding of 2 x 2 patches, softplus, one hidden layer. Smooth, so that derivatives of
 gradients are informative; without convolutions, whose gradients XLA:CPU runs slowly in loops.
 """
 
