@@ -43,7 +43,7 @@ def efficiency():
             "wall time, after compilation; of several runs the median, the lowest and the highest. The second efficiency "
             "is against the model as it runs in the attack, in a compiled loop with the gradients of convolutions "
             "rewritten. Both bare models are timed all along: where their times differ from row to row, the machine was "
-            "faster or slower. 'Not used' are the model's evaluations in idle lanes, and the last forward pass of "
+            "faster or slower. 'Lanes' are those asked for; of few images a CPU works on fewer at a time. 'Not used' are the model's evaluations in idle lanes, and the last forward pass of "
             "each run, whose gradient nobody needs."]
 
 
@@ -119,11 +119,12 @@ def imagenet():
                 f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
                 f"{row['evals_per_image']:.0f} | {row['seconds_per_image_with_compilation']:.1f} |")
     overlap = record["rows"][0]
-    return [*lines, "", f"Of the changed pixels {overlap['CAM_overlap']:.0%} (untargeted, standard error over images "
-            f"{overlap['CAM_overlap_standard_error']:.0%}) lie in the top 20 % of the class activation map; of the same mask "
+    error = overlap.get("CAM_overlap_standard_error")
+    error = "" if error is None else f", standard error over images {error:.0%}"
+    return [*lines, "", f"Of the changed pixels {overlap['CAM_overlap']:.0%} (untargeted{error}) lie in the top 20 % of the class activation map; of the same mask "
             f"placed anywhere {overlap['CAM_overlap_anywhere']:.0%}. That control does not know that maps and "
             "perturbations both tend to the middle of an image. Targets: label + 857.", "",
-            source(record, f"`{record['command']}`")]
+            source(record, f"`{record.get('command', 'benchmarks/imagenet_panels.py')}`")]
 
 
 def _attacks(record, first, rows=None):
@@ -283,7 +284,8 @@ def _lanes(name, script):
         "images per second": lambda r: f"{r['images_per_second']:.2f}",
         "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
         "bare model, microseconds per gradient": lambda r: _microseconds(r["bare_us"]),
-        "efficiency": lambda r: f"{r['efficiency']:.2f}{_spread(r, 'efficiency')}"}, script)
+        "efficiency": lambda r: f"{r['efficiency']:.2f}{_spread(r, 'efficiency')}",
+        "with evaluations not used": lambda r: f"{r['lanes_full']:.2f}"}, script)
 
 
 def tail():
