@@ -10,7 +10,7 @@ import numpy as np
 
 from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Method, Sample
-from gse_jax.attacks.precision import check_precision, confirmed
+from gse_jax.attacks.precision import check_precision, confirmed, within_caps
 from gse_jax.attacks.program import Program, hashable, in_graph
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
@@ -295,7 +295,7 @@ class _Call:
             outcome = run(setup.program, *arguments, self.lanes, progress)
         if self.precision != "highest" and count:
             if starts is not None:
-                starts = _within_caps(samples.x, samples.start, setup.hyperparams, self.bounds)
+                starts = within_caps(samples.x, samples.start, setup.hyperparams, self.bounds)
             outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets, starts, self.lanes)
         outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)
@@ -321,15 +321,6 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
     return _Setup(program, hyperparams, as_key(key), num_classes, staged, name,
                   lambda x: segments_of(row, settings, x, bounds))
-
-
-def _within_caps(x, starts, hyperparams, bounds):
-    """Return the given images that keep the caps on norms, and the clean ones of the others."""
-    array = np if isinstance(starts, np.ndarray) else jnp
-    w = (starts - x) / (0.5 * (bounds[1] - bounds[0]))
-    kept = array.sqrt((w * w).sum((1, 2, 3))) <= hyperparams.max_l2 * (1.0 + 1e-5)
-    kept &= abs(w).max((1, 2, 3)) <= hyperparams.max_linf * (1.0 + 1e-5)
-    return array.where(array.asarray(kept)[:, None, None, None], starts, x)
 
 
 def _on_this_process(params):

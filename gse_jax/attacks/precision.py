@@ -129,6 +129,25 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets, starts=None, la
         forward_evals=outcome.forward_evals + 1)
 
 
+def within_caps(x, starts, hyperparams, bounds):
+    """Return given adversarial images where they keep the caps on norms, and clean ones elsewhere.
+
+    Args:
+        x: [N, H, W, C] clean images.
+        starts: [N, H, W, C] given ones.
+        hyperparams: of the refinement, with `max_l2` and `max_linf`.
+        bounds: (low, high).
+
+    Returns:
+        [N, H, W, C].
+    """
+    array = np if isinstance(starts, np.ndarray) else jnp
+    w = (starts - x) / (0.5 * (bounds[1] - bounds[0]))
+    kept = array.sqrt((w * w).sum((1, 2, 3))) <= hyperparams.max_l2 * (1.0 + 1e-5)
+    kept &= abs(w).max((1, 2, 3)) <= hyperparams.max_linf * (1.0 + 1e-5)
+    return array.where(array.asarray(kept)[:, None, None, None], starts, x)
+
+
 def _held(holds, images, wanted, batch, array):
     """[N] whether the images are adversarial, `batch` of them at a time, fewer where memory runs out."""
     count = images.shape[0]

@@ -10,8 +10,7 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks.algorithm import Outcome
-from gse_jax.attacks.api import _within_caps
-from gse_jax.attacks.precision import confirmed
+from gse_jax.attacks.precision import confirmed, within_caps
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import adversarial_saliency
 from tests.toy_model import linear_logits, toy
@@ -195,5 +194,5 @@ def test_what_refine_gives_back_keeps_its_caps():
     starts = x.copy()
     starts[0, 0, 0, 0], starts[1, 0, :4, 0] = 1.0, 1.0  # of l2 norm 2 and 4 in units of half the range
     caps = gse_jax.preset("gse_refined", "cifar10")[1]._replace(max_l2=3.0)
-    kept = _within_caps(x, starts, caps, (0.0, 1.0))
+    kept = within_caps(x, starts, caps, (0.0, 1.0))
     np.testing.assert_array_equal(kept, np.stack([starts[0], x[1]]))
