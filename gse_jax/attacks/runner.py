@@ -104,7 +104,8 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
     if lanes is not None:
         devices = devices[:lanes]
         width = -(-lanes // len(devices))
-        if num_images and _platform(devices) == "cpu" and -(-num_images // len(devices)) <= _FEW:
+        few = num_images and -(-num_images // len(devices)) <= _FEW
+        if few and _platform(devices) == "cpu" and width > CPU_WIDTH_FOR_FEW:
             width = min(width, layout(num_images, None, image_shape)[1])  # no wider than without a wish
         return devices, width
     width = default_lanes_per_device(_platform(devices), *image_shape[:2])

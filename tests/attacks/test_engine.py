@@ -648,3 +648,10 @@ def test_one_cpu_device_per_core_and_a_new_cache_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("one CPU device of a machine with 3 cores") == 1
     assert all(any((tmp_path / name).iterdir()) for name in "ab")
+
+
+@pytest.mark.parametrize("lanes, count, width", [(5, 4, 2), (5, 400, 2), (32, 400, 8), (32, 32, 4), (32, 4, 1)])
+def test_a_wish_for_lanes_counts_where_the_images_fill_them(lanes, count, width):
+    """Narrow wishes have one program for any number of images."""
+    assert len(jax.local_devices()) == 4
+    assert runner.layout(count, lanes, (32, 32, 3))[1] == width

@@ -244,7 +244,7 @@ def test_sapf_with_a_large_weight_fails_without_nan():
     x = random.uniform(0.3, 0.7, (1, 12, 12, 3))
 
     def model(params, x):
-        return x.reshape(len(x), -1) @ params + jnp.asarray([100.0, 0.0, 0.0])
+        return x.reshape(len(x), -1) @ params + jnp.asarray([[100.0, 0.0, 0.0]])
 
     settings = sapf.SAPFSettings(num_pixels=20, num_segments=20, num_searches=1, rounds=1)
     result = gse_jax.attack(kernel, model, x, np.zeros(1, int), method="sapf", settings=settings,
