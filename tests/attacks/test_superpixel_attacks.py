@@ -240,11 +240,11 @@ def test_a_wrong_choice_is_refused():
 def test_sapf_with_a_large_weight_fails_without_nan():
     """Magnitudes that leave the range of images made the step on the selection too long."""
     random = np.random.default_rng(0)
-    kernel = random.normal(size=(432, 3)) * 1e-2
-    x = random.uniform(0.3, 0.7, (1, 12, 12, 3))
+    kernel = np.float32(random.normal(size=(432, 3)) * 1e-2)
+    x = np.float32(random.uniform(0.3, 0.7, (1, 12, 12, 3)))  # in float64 it takes longer to overflow
 
     def model(params, x):
-        return x.reshape(len(x), -1) @ params + jnp.asarray([[100.0, 0.0, 0.0]])
+        return x.reshape(len(x), -1) @ params + jnp.asarray([[100.0, 0.0, 0.0]], jnp.float32)
 
     settings = sapf.SAPFSettings(num_pixels=20, num_segments=20, num_searches=1, rounds=1)
     result = gse_jax.attack(kernel, model, x, np.zeros(1, int), method="sapf", settings=settings,
