@@ -10,7 +10,7 @@ import numpy as np
 
 from gse_jax.attacks import validation
 from gse_jax.attacks.algorithm import Method, Sample
-from gse_jax.attacks.precision import check_precision, confirmed, within_caps
+from gse_jax.attacks.precision import check_precision, confirmed
 from gse_jax.attacks.program import Program, hashable, in_graph
 from gse_jax.attacks.registry import find_method
 from gse_jax.attacks.runner import (
@@ -52,7 +52,8 @@ def attack(
         params: any pytree of arrays; passed to `apply_fn`.
         apply_fn: (params, x [N, H, W, C]) -> logits [N, K], in evaluation mode, each row depending
             on its own image only. Pass the same function object in later calls: a new lambda
-            compiles anew, and so does one that holds a Flax NNX module, in every call. Weights belong in `params`: what the function itself holds is read once.
+            compiles anew, and so does one that holds a Flax NNX module, in every call. Weights belong in
+            `params`: what the function itself holds is read once.
         x: [N, H, W, C] float32 or float64, C in {1, 3}, H and W >= 8, values inside `bounds`.
             N may be 0.
         y: [N] int, true labels.
@@ -295,7 +296,9 @@ class _Call:
             outcome = run(setup.program, *arguments, self.lanes, progress)
         if self.precision != "highest" and count:
             if starts is not None:
-                starts = within_caps(samples.x, samples.start, setup.hyperparams, self.bounds)
+                from gse_jax.attacks.refinement import within_caps  # when needed
+
+                starts = within_caps(samples.start, samples.x, setup.hyperparams, self.bounds)
             outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets, starts, self.lanes)
         outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)

@@ -120,32 +120,14 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets, starts=None, la
         kept = lost & _held(holds, starts, wanted, batch, array)
         lost = lost & ~kept
         outcome = outcome._replace(
-            adversarials=array.where(kept[:, None, None, None], starts, outcome.adversarials))
+            adversarials=array.where(kept[:, None, None, None], starts, outcome.adversarials),
+            status=array.where(kept, np.int32(Status.FOUND), outcome.status))
     return outcome._replace(
         adversarials=array.where(lost[:, None, None, None], x, outcome.adversarials),
         success=outcome.success & ~lost,
         status=array.where(lost, np.int32(Status.NOT_FOUND), outcome.status),
         tradeoff=array.where(lost, outcome.tradeoff.dtype.type(0), outcome.tradeoff),
         forward_evals=outcome.forward_evals + 1)
-
-
-def within_caps(x, starts, hyperparams, bounds):
-    """Return given adversarial images where they keep the caps on norms, and clean ones elsewhere.
-
-    Args:
-        x: [N, H, W, C] clean images.
-        starts: [N, H, W, C] given ones.
-        hyperparams: of the refinement, with `max_l2` and `max_linf`.
-        bounds: (low, high).
-
-    Returns:
-        [N, H, W, C].
-    """
-    array = np if isinstance(starts, np.ndarray) else jnp
-    w = (starts - x) / (0.5 * (bounds[1] - bounds[0]))
-    kept = array.sqrt((w * w).sum((1, 2, 3))) <= hyperparams.max_l2 * (1.0 + 1e-5)
-    kept &= abs(w).max((1, 2, 3)) <= hyperparams.max_linf * (1.0 + 1e-5)
-    return array.where(array.asarray(kept)[:, None, None, None], starts, x)
 
 
 def _held(holds, images, wanted, batch, array):

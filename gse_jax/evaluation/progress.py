@@ -168,7 +168,10 @@ class Display:
         line = describe(progress, rates)
         if line != self._shown and (progress.done == progress.total
                                     or now - self._last_line >= self._interval):
-            say(line) if self._to_stderr else print(line, file=self._stream, flush=True)
+            if self._to_stderr:
+                say(line)
+            else:
+                print(line, file=self._stream, flush=True)
             self._last_line, self._shown = now, line
 
 

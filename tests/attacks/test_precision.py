@@ -10,7 +10,8 @@ import pytest
 import gse_jax
 from gse_jax import Status
 from gse_jax.attacks.algorithm import Outcome
-from gse_jax.attacks.precision import confirmed, within_caps
+from gse_jax.attacks.precision import confirmed
+from gse_jax.attacks.refinement import within_caps
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import adversarial_saliency
 from tests.toy_model import linear_logits, toy
@@ -48,9 +49,14 @@ def test_wherever_else_the_model_is_asked_it_multiplies_in_float32(name):
     assert len(layers) >= 2 and all("Precision.HIGHEST" in layer for layer in layers)
 
 
-def test_what_does_not_hold_in_float32_is_not_found():
+def first_pixel_model():
+    """Class 1 where the first pixel is above one half."""
     kernel = np.zeros((64, 2))
     kernel[0, 1] = 1.0
+    return kernel, np.asarray([0.5, 0.0])
+
+
+def test_what_does_not_hold_in_float32_is_not_found():
     x = np.zeros((3, 8, 8, 1))
     claimed = x.copy()
     claimed[0, 0, 0, 0] = 1.0  # does fool the model; the second does not
@@ -58,8 +64,7 @@ def test_what_does_not_hold_in_float32_is_not_found():
                       np.asarray([Status.FOUND, Status.FOUND, Status.NOT_FOUND], np.int32),
                       np.full(3, 5, np.int32), np.full(3, 6, np.int32), np.ones(3))
     claimed[1, 0, 1, 0] = 1.0
-    checked = confirmed((kernel, np.asarray([0.5, 0.0])), linear_logits, outcome, x, np.zeros(3, int),
-                        None)
+    checked = confirmed(first_pixel_model(), linear_logits, outcome, x, np.zeros(3, int), None)
     np.testing.assert_array_equal(checked.success, [True, False, False])
     np.testing.assert_array_equal(checked.status, [Status.FOUND, *[Status.NOT_FOUND] * 2])
     np.testing.assert_array_equal(checked.adversarials[0], claimed[0])
@@ -164,16 +169,14 @@ def test_the_last_look_takes_no_more_images_than_lanes_and_fewer_where_memory_ru
 
 
 def test_a_given_image_that_holds_is_kept_where_the_refined_one_does_not():
-    kernel = np.zeros((64, 2))
-    kernel[0, 1] = 1.0
-    x = np.zeros((2, 8, 8, 1))
-    starts = x.copy()
-    starts[0, 0, 0, 0] = 1.0  # does fool the model; the second does not
-    outcome = Outcome(0.3 * starts, np.ones(2, bool), np.full(2, Status.FOUND, np.int32),
-                      *np.ones((2, 2), np.int32), np.zeros(2))
-    checked = confirmed((kernel, np.asarray([0.5, 0.0])), linear_logits, outcome, x, np.zeros(2, int), None, starts)
-    np.testing.assert_array_equal(checked.success, [True, False])
-    np.testing.assert_array_equal(checked.status, [Status.FOUND, Status.NOT_FOUND])
+    x = np.zeros((3, 8, 8, 1))
+    starts = np.zeros_like(x)
+    starts[[0, 2], 0, 0, 0] = 1.0  # fool the model; the second does not
+    said = np.asarray([Status.FOUND, Status.FOUND, Status.ALREADY_MISCLASSIFIED], np.int32)
+    outcome = Outcome(0.3 * starts, np.ones(3, bool), said, *np.ones((2, 3), np.int32), np.zeros(3))
+    checked = confirmed(first_pixel_model(), linear_logits, outcome, x, np.zeros(3, int), None, starts)
+    np.testing.assert_array_equal(checked.success, [True, False, True])
+    np.testing.assert_array_equal(checked.status, [Status.FOUND, Status.NOT_FOUND, Status.FOUND])
     np.testing.assert_array_equal(checked.adversarials, starts)
 
 
@@ -194,5 +197,6 @@ def test_what_refine_gives_back_keeps_its_caps():
     starts = x.copy()
     starts[0, 0, 0, 0], starts[1, 0, :4, 0] = 1.0, 1.0  # of l2 norm 2 and 4 in units of half the range
     caps = gse_jax.preset("gse_refined", "cifar10")[1]._replace(max_l2=3.0)
-    kept = within_caps(x, starts, caps, (0.0, 1.0))
+    kept = within_caps(starts, x, caps, (0.0, 1.0))
+    assert isinstance(kept, np.ndarray)
     np.testing.assert_array_equal(kept, np.stack([starts[0], x[1]]))

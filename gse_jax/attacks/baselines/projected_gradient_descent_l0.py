@@ -11,8 +11,8 @@ References:
 Differs from the reference:
     An image stops at its first success, and the point after the last step is tested too. Of pixels
     with equal scores exactly `num_pixels` stay (the published threshold keeps all). The noise of
-    1e-12 that breaks ties is left out. "original" makes all 100 of its steps (there 99). Also defined for targets. Unlike the port in the GSE paper's
-    code, the projection weighs violations of the box (not slack), and every iterate is tested.
+    1e-12 that breaks ties is left out. "original" makes all 100 of its steps (there 99). Also defined
+    for targets. Unlike the port in the GSE paper's code, the projection weighs violations of the box (not slack), and every iterate is tested.
 """
 
 import dataclasses

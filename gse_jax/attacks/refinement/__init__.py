@@ -1,5 +1,6 @@
 """Make adversarial images sparser while they stay adversarial; `method="gse_refined"`."""
 
+from gse_jax.attacks.refinement.descent import within_caps
 from gse_jax.attacks.refinement.method import (
     GSE_REFINED,
     REFINE,
@@ -15,4 +16,5 @@ __all__ = [
     "GSERefinedSettings",
     "RefineHyperparams",
     "RefineSettings",
+    "within_caps",
 ]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.algorithm import Algorithm, Evaluation, Outcome, Sample
-from gse_jax.attacks.refinement.descent import clip_to_caps, step_to_boundary
+from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, step_to_boundary
 from gse_jax.attacks.refinement.settings import moves_of
 from gse_jax.attacks.refinement.supports import power, propose
 from gse_jax.ops import count_clusters, count_patches, is_adversarial, logit_gap
@@ -184,13 +184,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         w = (image - x) / unit
         mask = jnp.any(image != x, axis=-1)
         l2 = jnp.sqrt(jnp.sum(w * w))
-        excess = jnp.maximum(l2 / params.max_l2, jnp.max(jnp.abs(w)) / params.max_linf) - 1.0
-        # Rounding of the norm, and of x + w, which a small cap feels.
-        last_digit = jnp.finfo(x.dtype).eps * max(abs(low), abs(high)) / unit
-        slack = 1e-5 + last_digit / params.max_linf
         as_float = lambda count: count.astype(x.dtype)
         score = jnp.stack([
-            jnp.where(excess > slack, excess, 0.0),
+            excess_over_caps(image, x, params, bounds),
             as_float(count_patches(mask, settings.patch_size)),
             as_float(count_clusters(mask[None])[0][0]), as_float(jnp.sum(mask, dtype=jnp.int32)), l2])
         return Anchor(image, evaluation.gradient * unit, evaluation.loss, score)

@@ -10,6 +10,7 @@ Differs from the reference:
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 _LONGEST = 3.0  # l2 norm of one step, images of range width 2: the margin is not linear further out
 
@@ -29,6 +30,43 @@ def clip_to_caps(w, lower, upper, radius):
     w = jnp.clip(w, lower, upper)
     norm = jnp.sqrt(jnp.sum(w * w))
     return jnp.where(norm > radius, w * (radius / jnp.maximum(norm, 1e-30)), w)
+
+
+def excess_over_caps(images, x, hyperparams, bounds):
+    """Tell by how much images exceed the caps on the norms of their perturbation.
+
+    Args:
+        images: [..., H, W, C].
+        x: [..., H, W, C] clean images.
+        hyperparams: with `max_l2` and `max_linf`, [] in units of images of range width 2.
+        bounds: (low, high).
+
+    Returns:
+        [...] share of the cap, 0 where both are kept but for rounding.
+    """
+    low, high = bounds
+    unit = 0.5 * (high - low)
+    w = (images - x) / unit
+    l2, largest = jnp.sqrt((w * w).sum((-3, -2, -1))), abs(w).max((-3, -2, -1))
+    excess = jnp.maximum(l2 / hyperparams.max_l2, largest / hyperparams.max_linf) - 1.0
+    # Rounding of the norm, and of x + w, which a small cap feels.
+    last_digit = jnp.finfo(w.dtype).eps * max(abs(low), abs(high)) / unit
+    return jnp.where(excess > 1e-5 + last_digit / hyperparams.max_linf, excess, 0.0)
+
+
+def within_caps(images, x, hyperparams, bounds):
+    """Return the images that keep the caps, and clean ones in place of the others.
+
+    Args:
+        images, x, hyperparams, bounds: as in `excess_over_caps`, with leading axis N; in host memory they
+            stay there.
+
+    Returns:
+        [N, H, W, C].
+    """
+    array = np if isinstance(images, np.ndarray) else jnp
+    kept = array.asarray(excess_over_caps(images, x, hyperparams, bounds) == 0.0)
+    return array.where(kept[:, None, None, None], images, x)
 
 
 def step_to_boundary(w, gradient, margin, support, lower, upper, radius, beyond):
