@@ -15,7 +15,8 @@ import numpy as np
 import gse_jax
 
 SHARED = Path(os.environ.get("GSE_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-
+_RESULTS = Path(__file__).parent / "results"  # whose tables are captioned CIFAR-10
+_instead = False  # whether the digits stood in for it
 
 # ImageNet's mean and standard deviation, for images in [-1, 1].
 _SHIFTED = tuple([2.0 * value - offset for value in values] for values, offset in
@@ -26,7 +27,7 @@ def parser(description):
     """Arguments that every benchmark has."""
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
-    arguments.add_argument("--out", default=str(Path(__file__).parent / "results"))
+    arguments.add_argument("--out", default=str(_RESULTS))
     return arguments
 
 
@@ -38,6 +39,9 @@ def write(name, args, rows):
     if args.smoke:
         return
     folder = Path(args.out)
+    if _instead and folder.resolve() == _RESULTS.resolve():
+        print("not written: these are the digits; --out FOLDER keeps them", file=sys.stderr)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "platform": jax.default_backend(), "devices": jax.local_device_count(),
@@ -94,6 +98,9 @@ def network_and_images(count, network="authors"):
         x, y = file["x"].astype("f4") / np.float32(127.5) - 1, file["y"].astype("i4")
         bounds = (-1.0, 1.0)
     else:
+        global _instead
+        _instead = True
+        print(f"no CIFAR-10 images in {folder}: the digits instead (benchmarks/README.md)", file=sys.stderr)
         apply_fn, params = models.load("resnet20", weights="digits")
         x, y, *_ = data.load("digits")
         bounds, name = (0.0, 1.0), "digits, ResNet-20"

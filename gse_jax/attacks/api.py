@@ -28,8 +28,6 @@ from gse_jax.types import ApplyFn, AttackResult, Bounds
 LARGEST_CIFAR_SIDE = 64  # pixels; larger images take the ImageNet preset
 
 
-
-
 def attack(
     params,
     apply_fn: ApplyFn,
@@ -58,7 +56,8 @@ def attack(
             N may be 0.
         y: [N] int, true labels.
         targets: [N] int, classes to aim at, different from `y`; None for an untargeted attack.
-        method: name of the attack.
+        method: name of the attack: gse, gse_refined, pgd, sigma_zero, pgd0, sparse_rs, sparse_pgd, saif, fwnucl,
+            strattack, gsmd, homotopy or sapf.
         settings: static configuration; None for the preset. See `gse_jax.preset`.
         hyperparams: pytree of floats; None for the preset. Changing it never compiles anew, and it
             may be `vmap`-ped over.
@@ -123,8 +122,8 @@ def refine(
         y: [N] int, true labels.
         targets: [N] int, the classes the attack aimed at; None for an untargeted attack.
         objective: what shrinks first: "patches" (d_{2,0} with 8 x 8 patches), "pixels", "clusters"
-            or "l2". The result is never worse than the given image in it; the other numbers
-            decide between equals.
+            or "l2". The result is never worse than the given image in it, unless that exceeds a cap and
+            is first pulled inside, with any pixels; the other numbers decide between equals.
         max_l2: largest l2 norm of `adversarials - x` in the result, in the units of `bounds`; None
             for none. An image given with a larger one is pulled inside, if that succeeds.
         max_linf: largest change of a channel of a pixel, likewise.

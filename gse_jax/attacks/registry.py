@@ -63,7 +63,7 @@ def preset(method: str, domain: str, targeted: bool = False):
         method: name of the attack, e.g. "gse".
         domain: "cifar10" or "imagenet" (also NIPS2017), the settings of the GSE paper; for GSE also
             "imagenet_robust"; for the compared attacks also "original" (their authors' defaults)
-            and "gse_paper" (the same as "cifar10").
+            and "gse_paper" (the same as "cifar10", for images of any size).
         targeted: direction of the attack.
 
     Returns:

@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
 
     verify = commands.add_parser("verify", help="classify and measure the stored images afresh")
     verify.add_argument("path", metavar="RUN", help="run directory of evaluate")
-    verify.add_argument("--quantize", action="store_true", help="after rounding to 8 bits")
+    verify.add_argument("--quantize", action="store_true", help="after rounding to 8 bits, as in a PNG file")
     verify.set_defaults(run=_verify)
 
     report = commands.add_parser("report", help="one HTML page, and tables, of one or more runs")

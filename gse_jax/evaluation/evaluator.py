@@ -1,7 +1,8 @@
 """`evaluate`: a whole robustness evaluation that can be killed at any moment and resumed.
 
-Where the samples are worked on changes nothing in the records: all local devices, the processes of
-`jax.distributed`, array jobs with `shard`, or a Ray cluster.
+Where the samples are worked on changes nothing in the records but what the model's own rounding does with
+another number of lanes: all local devices, the processes of `jax.distributed`, array jobs with `shard`, or
+a Ray cluster.
 """
 
 import time

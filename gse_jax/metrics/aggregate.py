@@ -18,7 +18,7 @@ import numpy as np
 
 from gse_jax.metrics.clusters import num_clusters_host
 from gse_jax.metrics.protocol import Statistic, describe
-from gse_jax.metrics.sparsity import changed_pixels, l2_norm, patch_count
+from gse_jax.metrics.sparsity import changed_pixels, l2_norm, patch_count, unit_scale
 from gse_jax.types import Status
 
 _CHUNK = 256  # Images per step: 154 MB of float32 at 224 x 224 x 3.
@@ -101,7 +101,8 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
         `ImageMetrics`.
 
     Raises:
-        ValueError, TypeError: as `perturbation`, `unit_scale` and `patch_count`.
+        ValueError, TypeError: as `perturbation`, `unit_scale` and `patch_count`; and for clean images
+            outside `bounds`, whose l2 would be in other units.
 
     References:
         arXiv 2311.17434.
@@ -114,6 +115,7 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
     # At least one chunk, so that wrong arguments are refused for N = 0 as well.
     for start in range(0, max(len(x), 1), _CHUNK):
         pair = x[start : start + _CHUNK], adversarials[start : start + _CHUNK]
+        _check_range(pair[0], bounds)
         finite = [np.isfinite(images.astype(np.float32)).all(axis=(1, 2, 3)) for images in pair]
         chunks.append((
             changed_pixels(*pair),
@@ -123,6 +125,17 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
             finite[0] & finite[1],
         ))
     return ImageMetrics(*(np.concatenate(field) for field in zip(*chunks, strict=True)))
+
+
+def _check_range(x, bounds):
+    if bounds is None:  # the caller's own units
+        return
+    unit_scale(bounds)  # or say what is wrong with them
+    low, high = bounds
+    rounding = 1e-3 * (high - low)
+    if ((x < low - rounding) | (x > high + rounding)).any():  # NaN is for `finite` to tell
+        raise ValueError(f"x has values from {np.nanmin(x):g} to {np.nanmax(x):g}, outside bounds=({low:g}, {high:g}); pass the "
+                         "bounds of these images")
 
 
 def summarise(metrics, result, *, patch_size=8):

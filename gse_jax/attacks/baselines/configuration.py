@@ -56,7 +56,7 @@ def check_types(method: str, settings, hyperparams, settings_type, hyperparams_t
                                   ("hyperparams", hyperparams, hyperparams_type)):
         if not isinstance(value, expected):
             raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}; "
-                            f"start from gse_jax.preset({method!r}, 'gse_paper')")
+                            f"start from gse_jax.preset({method!r}, 'cifar10') or 'imagenet'")
 
 
 def check_choice(settings, name: str, choices) -> None:

@@ -1,8 +1,8 @@
-"""The rows of the engine: `REFINE`, and `method="gse_refined"`: GSE until it has a first adversarial image, then the refinement.
+"""The rows of the engine: `REFINE`, and `method="gse_refined"`: two runs of GSE, then the refinement.
 
 GSE's section search looks for the largest trade-off that still succeeds, at about 170 gradients an
-image on CIFAR-10. The refinement reaches sparser images from the first, dense success, so the
-search ends there and its evaluations go to the refinement.
+image on CIFAR-10. The refinement reaches sparser images from an early, dense success, so the
+search ends after two runs (or later, as soon as one has succeeded) and its evaluations go to the refinement.
 
 References:
     arXiv 2311.17434, algorithm 1 (GSE); the refinement is derived in `docs/refinement.md`.
