@@ -9,7 +9,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from gse_jax.types import Status
+
+RUNNING = -1  # status of an image that is being worked on
+
 
 class Sample(NamedTuple):
     """One image to attack. In a queue every field has a leading axis.
@@ -123,3 +129,51 @@ class Method(NamedTuple):
     preset: Callable[[str, bool], tuple[Any, Any]]
     check: Callable[[Any, Any, tuple[int, int, int]], None]
     segment: Callable[[Any, np.ndarray], np.ndarray | None] | None = None
+
+
+def wanted_label(sample: Sample, targeted: bool):
+    """Return the class the attack speaks of: the target, or the true label to get away from.
+
+    Args:
+        sample: one image, or several.
+        targeted: direction.
+
+    Returns:
+        [] int32.
+    """
+    return sample.target if targeted else sample.y
+
+
+def fools(status):
+    """Tell by the status of an image whether what is returned fools the model; as `AttackResult.success`."""
+    return (status == Status.FOUND) | (status == Status.ALREADY_MISCLASSIFIED)
+
+
+def select(condition, new, old):
+    """Choose between two states, leaf by leaf.
+
+    Args:
+        condition: [] bool.
+        new: pytree of arrays, taken where True.
+        old: the same, taken where False.
+
+    Returns:
+        The same pytree. Leaves that are one object in both are passed on: half of what is compiled
+        would else be choices between equals.
+    """
+    return jax.tree.map(lambda a, b: b if a is b else jnp.where(condition, a, b), new, old)
+
+
+def select_rows(condition, new, old):
+    """Choose between two batches of states, image by image.
+
+    Args:
+        condition: [L] bool.
+        new: pytree of arrays [L, ...], rows taken where True.
+        old: the same, taken where False.
+
+    Returns:
+        The same pytree.
+    """
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b), new, old)

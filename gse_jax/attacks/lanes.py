@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gse_jax.attacks.algorithm import NO_SAMPLE, Algorithm, Evaluation, Outcome, Sample
+from gse_jax.attacks.algorithm import NO_SAMPLE, Algorithm, Evaluation, Outcome, Sample, select_rows
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import as_returned, narrowed
 
@@ -249,18 +249,13 @@ def _exchange(algorithm: Algorithm, lanes, taken, finished, queue, parked):
                             jnp.where(rank < fresh, sample.sample_id, NO_SAMPLE))
     if parked is not None:
         resumed = (rank >= fresh) & (rank < fresh + halfway)
-        next_lanes = _select(resumed, _at(parked.lanes, taken[1] + rank - fresh), next_lanes)
-    lanes = _select(idle, next_lanes, lanes)
+        next_lanes = select_rows(resumed, _at(parked.lanes, taken[1] + rank - fresh), next_lanes)
+    lanes = select_rows(idle, next_lanes, lanes)
     count = jnp.sum(idle, dtype=jnp.int32)
     begin = [taken[0] + jnp.minimum(count, fresh), *taken[1:]]
     if parked is not None:
         begin[1] += jnp.clip(count - fresh, 0, halfway)
     return lanes, begin, finished
-
-
-def _select(condition, new, old):
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b), new, old)
 
 
 def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
@@ -314,7 +309,7 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
                                   lambda s: forward_fn(s)[0], lanes.attack)
             # Who asked for none gets none, whatever the neighbours ask for.
             none = jnp.zeros_like(evaluation.gradient)
-            return evaluation._replace(gradient=_select(wants, evaluation.gradient, none))
+            return evaluation._replace(gradient=select_rows(wants, evaluation.gradient, none))
         evaluation, saved = forward_fn(lanes.attack)
         needed = wants & (evaluation.loss != 0.0)  # NaN included
         return evaluation._replace(

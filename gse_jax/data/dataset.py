@@ -126,7 +126,7 @@ def checked_names(count: int, labels: np.ndarray, ids: Sequence[str] | None,
     lengths = (count, len(labels), len(ids))
     if len(set(lengths)) != 1:
         raise ValueError("{}: {} images, {} labels and {} ids; expected as many of each".format(
-            source, *lengths))  # fmt: skip
+            source, *lengths))
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))

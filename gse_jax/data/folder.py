@@ -47,7 +47,7 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
         loose = any(_is_image(path.name) for path in root.iterdir())
         fix = "; its images lie in no class folder" if loose else ""
         raise ValueError(f"source: {root} has no images in class folders, expected "
-                         f"CLASS/IMAGE.png or .jpg ...{fix}")  # fmt: skip
+                         f"CLASS/IMAGE.png or .jpg ...{fix}")
     # Numbers may leave gaps, so they name themselves.
     names = () if numeric else classes
     return ImageFiles(paths[:limit], labels[:limit], ids[:limit], names, resize, f"folder {root}")

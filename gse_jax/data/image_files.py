@@ -57,7 +57,7 @@ def resize_from_options(options: dict[str, str]) -> Resize:
     policy = options.get("resize", "paper")
     if policy not in RESIZE_POLICIES:
         raise ValueError(f"source: resize={policy!r} is unknown, "
-                         f"expected {' or '.join(RESIZE_POLICIES)}")  # fmt: skip
+                         f"expected {' or '.join(RESIZE_POLICIES)}")
     if "size" not in options:
         if "resize" in options:
             raise ValueError(f"source: resize={policy} needs a size, as ,size=224")

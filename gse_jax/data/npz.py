@@ -51,7 +51,7 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ArrayIm
     if (given := arrays.get("ids")) is not None:
         if given.ndim != 1 or given.dtype.kind not in "Uui":
             raise TypeError(f"{source}: ids are {given.dtype} of shape {given.shape}, "
-                            "expected strings or integers of shape [N]")  # fmt: skip
+                            "expected strings or integers of shape [N]")
         ids = [str(i) for i in given[:limit]]
     if images.ndim == 0 or labels.ndim == 0:
         raise ValueError(f"{source}: x and y must be arrays [N, H, W, C] and [N], got scalars")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gse_jax.attacks import default_domain, preset, validation
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.gse.settings import check
-from gse_jax.ops import logit_gap
+from gse_jax.ops import signed_margin
 
 
 class Goal(NamedTuple):
@@ -34,8 +34,7 @@ class Goal(NamedTuple):
 
     def gap(self, logits, label):
         """Return how far one image is from adversarial: logits [K] -> [], negative beyond."""
-        lead = logit_gap(logits, label)
-        return -lead if self.targeted else lead
+        return signed_margin(logits, label, targeted=self.targeted)
 
 
 def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:

@@ -42,8 +42,9 @@ import numpy as np
 from jax import lax
 
 from gse_jax.attacks import attack
+from gse_jax.attacks.algorithm import RUNNING, fools, select_rows
 from gse_jax.attacks.convolutions import canonical_convolutions
-from gse_jax.attacks.gse.algorithm import RUNNING, bind
+from gse_jax.attacks.gse.algorithm import bind
 from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
@@ -210,7 +211,7 @@ def run_once(params, samples, tradeoff, hyperparams, *, apply_fn, goal: Goal, se
         evaluation = evaluate_fn(params, states)
         stepped = jax.vmap(step)(states, evaluation, tradeoff, step_size)
         new = _Run(stepped._replace(sample=None), jax.vmap(plain.query)(states), evaluation.logits)
-        return _select(over(run.states), run, new)
+        return select_rows(over(run.states), run, new)
 
     logits = jax.eval_shape(evaluate_fn, params, states).logits
     start = _Run(states._replace(sample=None), samples.x, jnp.zeros(logits.shape, logits.dtype))
@@ -223,7 +224,7 @@ def run_once(params, samples, tradeoff, hyperparams, *, apply_fn, goal: Goal, se
         adversarials=jnp.where(broken, samples.x, run.points),
         logits=run.logits,
         gap=jax.vmap(goal.gap)(run.logits, goal.labels(samples)),
-        success=(status == Status.FOUND) | (status == Status.ALREADY_MISCLASSIFIED),
+        success=fools(status),
         status=status,
         gradient_evals=run.states.gradient_evals,
         forward_evals=run.states.forward_evals,
@@ -241,14 +242,6 @@ def _step_sizes(evaluate_fn, params, states, goal, tradeoff, settings, hyperpara
         lambda g: largest_active_tradeoff(g, fixed.step_size))(gradient)
     return jnp.where(is_boosted(now, first, settings), hyperparams.step_size * hyperparams.boost,
                      hyperparams.step_size)
-
-
-def _select(condition, kept, new):
-    """Keep the rows of a pytree where `condition` holds."""
-    def one(a, b):
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(one, kept, new)
 
 
 def _checked_tradeoff(tradeoff, x):

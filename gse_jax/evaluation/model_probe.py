@@ -12,6 +12,7 @@ import numpy as np
 
 from gse_jax.attacks.precision import full_precision
 from gse_jax.devices import is_out_of_memory
+from gse_jax.ops import logit_gap
 
 _SMALL_SIDE = 64  # pixels; larger images come in smaller batches and fewer of them are probed
 _MIN_BATCH = 4  # rows; below that, batch statistics have nothing to mix
@@ -158,10 +159,7 @@ def evenly_chosen(count, limit):
 
 
 def _margins(logits, y):
-    own = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == y[:, None]
-    chosen = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
-    other = jnp.max(jnp.where(own, -jnp.inf, logits), axis=1)
-    return jnp.sum(chosen - other), logits
+    return jnp.sum(jax.vmap(logit_gap)(logits, y)), logits
 
 
 def _same_program(first, second):

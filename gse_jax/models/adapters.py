@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 # What flax.linen modules call the argument that chooses the mode, and its value in evaluation.
 _EVALUATION = {"train": False, "training": False, "is_training": False, "deterministic": True,
-               "use_running_average": True}  # fmt: skip
+               "use_running_average": True}
 
 Adapted = tuple[Callable[[Any, jax.Array], jax.Array], Any]
 

@@ -114,7 +114,7 @@ def _parsed(weights: str) -> _Location:
 def _cache_path(location: _Location) -> Path:
     root = Path(os.environ.get("GSE_JAX_CACHE") or Path.home() / ".cache" / "gse_jax")
     return root.joinpath("weights", *location.repository.split("/"), location.revision,
-                         *location.file.split("/"))  # fmt: skip
+                         *location.file.split("/"))
 
 
 def _stated_hash(location: _Location) -> str:

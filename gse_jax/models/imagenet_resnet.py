@@ -72,7 +72,7 @@ class Block(nnx.Module):
         self.projects = stride != 1 or in_features != out_features
         if self.projects:
             self.downsample = nnx.List([convolution(in_features, out_features, 1, stride, rngs),
-                                        batch_norm(out_features, rngs)])  # fmt: skip
+                                        batch_norm(out_features, rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_features]` to `[N, ceil(H/stride), ceil(W/stride), out_features]`."""
@@ -109,7 +109,7 @@ class ImageNetResNet(nnx.Module):
             for i, inner, outer, stride, blocks in zip(
                 inputs, config.inner, config.outer, (1, 2, 2, 2), _BLOCKS[config.depth],
                 strict=True)
-        )  # fmt: skip
+        )
         self.linear = nnx.Linear(config.outer[-1], config.num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

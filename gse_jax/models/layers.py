@@ -36,7 +36,7 @@ def convolution(in_features: int, out_features: int, side: int, stride: int, rng
     return nnx.Conv(
         in_features, out_features, (side, side), strides=stride, padding=side // 2,
         use_bias=use_bias, kernel_init=nnx.initializers.he_normal(), rngs=rngs,
-    )  # fmt: skip
+    )
 
 
 def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:

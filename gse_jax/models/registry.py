@@ -56,7 +56,7 @@ _MODELS = {
     "wide_resnet28_10": _Model(wide_resnet.WideResNet,
                                functools.partial(wide_resnet.config_from_tensors, 28),
                                wide_resnet.without_unused),
-}  # fmt: skip
+}
 
 # Word for `weights` -> (model name, file). Each file is made by gse_jax.models.train.
 _EMBEDDED = {"digits": ("resnet20", Path(__file__).parent / "weights/digits_resnet20.safetensors")}

@@ -24,14 +24,14 @@ from gse_jax.data.atomic import replacing
 
 _DICT, _TENSOR, _PARAMETER = (
     "collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter")  # fmt: skip
+    "torch._utils._rebuild_parameter")
 _STORAGES = {
     "torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.HalfStorage": "<f2",
     "torch.LongStorage": "<i8", "torch.IntStorage": "<i4", "torch.ShortStorage": "<i2",
     "torch.CharStorage": "i1", "torch.ByteStorage": "u1", "torch.BoolStorage": "?",
     # NumPy has no bfloat16: the upper half of a float32, widened after reading.
     "torch.BFloat16Storage": "<u2",
-}  # fmt: skip
+}
 # Under these keys training scripts keep the state dict beside the epoch and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 

@@ -74,7 +74,7 @@ def train(
     """
     if epochs < 1 or len(images) < BATCH_SIZE:
         raise ValueError(f"epochs: got {epochs} over {len(images)} images, expected at least 1 "
-                         f"over at least {BATCH_SIZE}")  # fmt: skip
+                         f"over at least {BATCH_SIZE}")
     config = resnet.ResNetConfig(depth, widths, int(labels.max()) + 1, images.shape[-1])
     mean, std = normalization(registry.DEFAULT_NORMALIZATION, config.num_channels)
     center, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -134,11 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     training, test = data.load("digits:train"), data.load("digits")
     start = time.monotonic()
     run = train(int(options.model.removeprefix("resnet")), training.images, training.labels,
-                epochs=options.epochs, seed=options.seed)  # fmt: skip
+                epochs=options.epochs, seed=options.seed)
     for epoch, (apply_fn, params, loss) in enumerate(run, 1):
         share, seconds = accuracy(apply_fn, params, test), time.monotonic() - start
         print(f"epoch {epoch}/{options.epochs}  loss {loss:.4f}  test accuracy {share:.4f}  "
-              f"{seconds:.0f} s", flush=True)  # fmt: skip
+              f"{seconds:.0f} s", flush=True)
     weights_file.save(options.out, params)
     digest = hashlib.sha256(options.out.read_bytes()).hexdigest()
     print(f"{options.out}  test accuracy {share:.4f}  sha256 {digest}")
@@ -201,14 +201,14 @@ def _shifted(
     """Move each image by up to `MAX_SHIFT` pixels in each direction."""
     _, height, width, _ = images.shape
     canvas = np.empty((len(images), height + 2 * MAX_SHIFT, width + 2 * MAX_SHIFT,
-                       images.shape[-1]), np.float32)  # fmt: skip
+                       images.shape[-1]), np.float32)
     canvas[...] = background
     canvas[:, MAX_SHIFT : MAX_SHIFT + height, MAX_SHIFT : MAX_SHIFT + width] = images
     corners = random.randint(0, 2 * MAX_SHIFT + 1, (len(images), 2))
     return np.stack([
         image[row : row + height, column : column + width]
         for image, (row, column) in zip(canvas, corners, strict=True)
-    ])  # fmt: skip
+    ])
 
 
 if __name__ == "__main__":

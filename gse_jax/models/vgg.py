@@ -26,7 +26,7 @@ _STAGES = (2, 2, 4, 4, 4)
 # torchvision's classifier is a Sequential, timm's first two dense layers are convolutions.
 _DENSE = {"classifier.0": "fc1", "classifier.3": "fc2", "classifier.6": "linear",
           "pre_logits.fc1": "fc1", "pre_logits.fc2": "fc2", "head.linear": "linear",
-          "head.fc": "linear"}  # fmt: skip
+          "head.fc": "linear"}
 
 
 class VGGConfig(NamedTuple):

@@ -163,7 +163,7 @@ class PatchEmbedding(nnx.Module):
     def __init__(self, config: VisionTransformerConfig, *, rngs: nnx.Rngs):
         side = (config.patch, config.patch)
         self.proj = nnx.Conv(config.num_channels, config.width, side, strides=side,
-                             padding="VALID", rngs=rngs)  # fmt: skip
+                             padding="VALID", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, channels]` to `[N, H * W / patch ** 2, width]`, row by row."""
@@ -257,7 +257,7 @@ def config_from_tensors(tensors: Mapping[str, np.ndarray], source: str) -> Visio
       ValueError: If the tensors are of another architecture.
     """
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
-             "blocks.0.mlp.fc1.weight": 2, "linear.weight": 2}  # fmt: skip
+             "blocks.0.mlp.fc1.weight": 2, "linear.weight": 2}
     wrong = [n for n, rank in ranks.items() if n not in tensors or tensors[n].ndim != rank]
     if wrong:
         raise ValueError(f"weights: {source} is no vision transformer (missing or of wrong rank: "

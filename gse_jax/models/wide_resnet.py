@@ -83,7 +83,7 @@ class Stage(nnx.Module):
             PreActivationBlock(in_features if b == 0 else out_features, out_features,
                                stride if b == 0 else 1, rngs=rngs)
             for b in range(num_blocks)
-        )  # fmt: skip
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_features]` to `[N, ceil(H/stride), ceil(W/stride), out_features]`."""

@@ -6,8 +6,8 @@ from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
 from gse_jax.ops.clusters import count_clusters
 from gse_jax.ops.groups import cell_sums, group_soft_threshold
 from gse_jax.ops.line_search import LineSearch, advance_line_search, start_line_search
-from gse_jax.ops.losses import cross_entropy, logit_gap, smooth_l0_gradient
-from gse_jax.ops.margin import is_adversarial, margin_loss
+from gse_jax.ops.losses import cross_entropy, smooth_l0_gradient
+from gse_jax.ops.margin import is_adversarial, logit_gap, margin_loss, signed_margin
 from gse_jax.ops.neighbours import (
     close_patches,
     count_patches,
@@ -87,6 +87,7 @@ __all__ = [
     "project_sparse_sigma",
     "project_superpixel_maxima",
     "sigma_map",
+    "signed_margin",
     "smooth_l0_gradient",
     "soft_threshold",
     "start_line_search",

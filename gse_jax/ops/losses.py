@@ -1,7 +1,6 @@
 """Losses of one image that the compared attacks maximise or minimise, and never clip.
 
 References:
-    Carlini, Wagner, arXiv 1608.04644, section V-A (logit differences).
     Madry et al., arXiv 1706.06083, section 2.1 (cross entropy).
 """
 
@@ -24,23 +23,6 @@ def cross_entropy(logits, label):
     # Not through log-probabilities: an infinite logit of another class must not become 0 * inf.
     loss = jax.nn.logsumexp(logits) - jnp.sum(jnp.where(chosen, logits, 0.0))
     return jnp.where((label >= 0) & (label < logits.shape[0]), loss, jnp.nan)
-
-
-def logit_gap(logits, label):
-    """Return by how much a class leads all others, `Z_label - max_{i != label} Z_i`.
-
-    Args:
-        logits: [K] of one image.
-        label: [] int.
-
-    Returns:
-        [] any sign; NaN when `label` is not in [0, K).
-    """
-    label = jnp.asarray(label, jnp.int32)
-    chosen = jnp.arange(logits.shape[0], dtype=jnp.int32) == label
-    own = jnp.sum(jnp.where(chosen, logits, 0.0))
-    other = jnp.max(jnp.where(chosen, -jnp.inf, logits))
-    return jnp.where((label >= 0) & (label < logits.shape[0]), own - other, jnp.nan)
 
 
 def smooth_l0_gradient(w, sigma):

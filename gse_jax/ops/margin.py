@@ -9,6 +9,38 @@ import jax
 import jax.numpy as jnp
 
 
+def logit_gap(logits, label):
+    """Return by how much a class leads all others, `Z_label - max_{i != label} Z_i`.
+
+    Args:
+        logits: [K] of one image.
+        label: [] int.
+
+    Returns:
+        [] any sign; NaN when `label` is not in [0, K): indexing would silently clamp it to a wrong class.
+    """
+    label = jnp.asarray(label, jnp.int32)
+    chosen = jnp.arange(logits.shape[0], dtype=jnp.int32) == label
+    own = jnp.sum(jnp.where(chosen, logits, 0.0))
+    other = jnp.max(jnp.where(chosen, -jnp.inf, logits))
+    return jnp.where((label >= 0) & (label < logits.shape[0]), own - other, jnp.nan)
+
+
+def signed_margin(logits, label, *, targeted):
+    """Return how far one image is from being adversarial, negative beyond the boundary.
+
+    Args:
+        logits: [K] of one image.
+        label: [] int; the true label (untargeted) or the target (targeted).
+        targeted: bool; direction of the attack.
+
+    Returns:
+        [] `logit_gap` of the label, of the target with the other sign.
+    """
+    gap = logit_gap(logits, label)
+    return -gap if targeted else gap
+
+
 def margin_loss(logits, label, *, targeted):
     """Return how far one image is from being adversarial, at least 0.
 
@@ -19,14 +51,9 @@ def margin_loss(logits, label, *, targeted):
 
     Returns:
         [] untargeted `max(0, Z_y - max_{i != y} Z_i)`, targeted `max(0, max_{i != t} Z_i - Z_t)`.
-        NaN when `label` is not in [0, K): indexing would silently clamp it to a wrong class.
+        NaN when `label` is not in [0, K).
     """
-    label = jnp.asarray(label, jnp.int32)
-    chosen = jnp.arange(logits.shape[0], dtype=jnp.int32) == label
-    own = jnp.sum(jnp.where(chosen, logits, 0.0))
-    other = jnp.max(jnp.where(chosen, -jnp.inf, logits))
-    margin = jax.nn.relu(other - own if targeted else own - other)
-    return jnp.where((label >= 0) & (label < logits.shape[0]), margin, jnp.nan)
+    return jax.nn.relu(signed_margin(logits, label, targeted=targeted))
 
 
 def is_adversarial(logits, label, *, targeted):

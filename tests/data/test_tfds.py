@@ -28,7 +28,7 @@ def prepare(folder, name, features, examples):
             "_info": info,
             "_split_generators": lambda self, _: {"test": iter(examples)},
             "_generate_examples": lambda self: None,
-        })  # fmt: skip
+        })
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     ]
     prepare(folder, "named", named, rows)
     prepare(folder, "nameless", {"image": image, "label": label},
-            [(i, {k: v for k, v in row.items() if k != "id"}) for i, row in rows])  # fmt: skip
+            [(i, {k: v for k, v in row.items() if k != "id"}) for i, row in rows])
     sizes = [(i, {"image": image_of(PIXELS[i, : 5 + i]), "label": 0}) for i in range(2)]
     prepare(folder, "sizes", {"image": tfds.features.Image(), "label": label}, sizes)
     prepare(folder, "unlabelled", {"image": image}, [(0, {"image": image_of(PIXELS[0])})])
@@ -63,7 +63,7 @@ def test_images_come_sorted_by_id_with_class_names(folder):
     assert dataset.class_names == ("cat", "dog", "eel")
     assert "tensorflow" not in sys.modules
     stored = tfds.data_source("named", split="test", data_dir=folder, download=False,
-                              builder_kwargs={"file_format": "array_record"})  # fmt: skip
+                              builder_kwargs={"file_format": "array_record"})
     # TFDS shuffled them, else sorting would have shown nothing.
     assert [stored[i]["id"].decode() for i in range(12)] != list(dataset.ids)
 

@@ -18,4 +18,4 @@ if __name__ == "__main__":
     dataset = data.load("digits", limit=8)
     logits, features = forward(load_file(WEIGHTS), (dataset.images - 0.5) / 0.5)
     np.savez(Path(__file__).parent / "digits_logits.npz", ids=np.array(dataset.ids),
-             logits=logits, pooled=features.mean((1, 2)))  # fmt: skip
+             logits=logits, pooled=features.mean((1, 2)))

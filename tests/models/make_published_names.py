@@ -29,7 +29,7 @@ MODELS = {
        for name in ("resnet18", "resnet50", "vgg19", "vit_base_patch16_224")},
     ROBUSTBENCH: lambda: WIDE_RESNET.WideResNet(28, 10, 10),
     f"{ROBUSTBENCH} with sub_block1": lambda: WIDE_RESNET.WideResNet(28, 10, 10, sub_block1=True),
-}  # fmt: skip
+}
 names = {key: {name: list(tensor.shape) for name, tensor in make().state_dict().items()}
          for key, make in MODELS.items()}
 text = json.dumps(names, separators=(",", ":")).replace('},"', '},\n"')

@@ -27,7 +27,7 @@ if __name__ == "__main__":
         "bytes": torch.arange(3, dtype=torch.uint8),
         "scalar": torch.tensor(-3),
         "empty": torch.zeros(0, 3),
-    })  # fmt: skip
+    })
     checkpoint = {"epoch": 300, "best": 0.875, "name": "résnet", "done": True, "none": None,
                   "history": [1, [2, 70000], (3, -1, 2**40), ()], "state_dict": state}
     torch.save(checkpoint, Path(__file__).parent / "torch_checkpoint.pth")

@@ -124,7 +124,7 @@ CASES = {
        for name in ("resnet18", "resnet50", "vgg19", "vit_b_16")},
     **{f"{name} timm full": (lambda other=other: timm.create_model(other), (1, 224, 224, 3), "half")
        for name, other in (("vgg19", "vgg19"), ("vit_b_16", "vit_base_patch16_224"))},
-}  # fmt: skip
+}
 
 
 def margin(module, x):
@@ -144,7 +144,7 @@ def margin(module, x):
 
     hooks = [m.register_forward_pre_hook(hook) for m in module.modules()
              for kind, hook in ((nn.ReLU, at_relu), (nn.MaxPool2d, at_pooling))
-             if isinstance(m, kind)]  # fmt: skip
+             if isinstance(m, kind)]
     with torch.no_grad():
         module(x)
     for hook in hooks:
@@ -181,7 +181,7 @@ def answer(case, module, shape, normalize):
     return {"shapes": json.dumps(shapes), "images": np.array(shape), "draw": draw,
             "normalize": normalize, "logits": logits.detach().numpy().astype(np.float32),
             "gradient": gradient[:, ::stride, ::stride].astype(np.float32),
-            "gradient_norm": np.sqrt(np.square(gradient).sum((1, 2, 3)))}  # fmt: skip
+            "gradient_norm": np.sqrt(np.square(gradient).sum((1, 2, 3)))}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def forward(tensors, images):
                       kernel[:, :, i, j], optimize=True)
             for i in range(3)
             for j in range(3)
-        )[:, :, ::stride, ::stride]  # fmt: skip
+        )[:, :, ::stride, ::stride]
 
     def norm(x, name):
         weight, bias, mean, var = (

@@ -54,7 +54,7 @@ def test_equal_loads_share_one_compilation(weights):
     (first, first_params), (second, second_params) = load(weights[0]), load(weights[1], (0.5,) * 2)
     assert first == second and hash(first) == hash(second)
     assert not np.allclose(compiled(first, first_params, IMAGES),
-                           compiled(second, second_params, IMAGES))  # fmt: skip
+                           compiled(second, second_params, IMAGES))
     assert len(traces) == 1
     other, params = load(weights[0], IMAGENET)
     assert other != first and compiled(other, params, IMAGES).shape == (2, 4) and len(traces) == 2

@@ -15,7 +15,7 @@ from gse_jax import models
 from gse_jax.models import download
 
 CONTENT = save(random_tensors(np.random.default_rng(0), blocks=3, widths=(2, 4, 6), num_classes=4,
-                              num_channels=3))  # fmt: skip
+                              num_channels=3))
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAME = "hf:timm/resnet20.tiny@0123abc"
 
@@ -137,7 +137,7 @@ def test_a_missing_revision_and_a_file_without_pointer(hub):
     "hf:", "hf:timm/resnet", "hf:resnet@1", "hf:a/b/c@1", "hf:a/b@", "hf:../b@1", "hf:a/..@1",
     "hf:a/b@..", "hf:a/b@1/2", "hf:a/b@1,file=../../x", "hf:a/b@1,file=/x", "hf:a/b@1,sha256=abc",
     "hf:a/b@1?x", "hf:a b/c@1",
-])  # fmt: skip
+])
 def test_malformed_names_are_refused_before_anything_is_asked(hub, bad):
     with pytest.raises(ValueError, match="weights: .*expected"):
         download.fetch(bad)

@@ -30,7 +30,7 @@ def test_a_real_checkpoint_gives_its_tensors():
         "double": NUMBERS[:2].astype(np.float64), "flags": np.array([True, False]),
         "bytes": np.arange(3, dtype=np.uint8), "scalar": np.array(-3),
         "empty": np.zeros((0, 3), np.float32),
-    }  # fmt: skip
+    }
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array), name

@@ -30,7 +30,7 @@ def relative_errors(found, expected):
     """Differences in each image, relative to its largest value."""
     axes = tuple(range(1, expected.ndim))
     return (np.abs(np.asarray(found, np.float64) - expected)
-            / np.abs(expected).max(axes, keepdims=True))  # fmt: skip
+            / np.abs(expected).max(axes, keepdims=True))
 
 
 def answers(case, folder):

@@ -17,26 +17,24 @@ from gse_jax.attacks.validation import check_whole_numbers
 DOMAINS = ("original", "gse_paper", "cifar10", "imagenet")
 
 
-def choose_preset(method: str, presets, domain: str, targeted: bool):
-    """Return a row of an attack's preset table.
+def chooser(method: str, presets):
+    """Make a `Method.preset` of an attack's preset table.
 
     Args:
         method: name of the attack, for messages.
         presets: (domain, targeted) -> (settings, hyperparams), with domains "original",
             "cifar10" and "imagenet".
-        domain: one of `DOMAINS`.
-        targeted: direction.
 
     Returns:
-        (settings, hyperparams).
-
-    Raises:
-        ValueError: for an unknown domain.
+        (domain, targeted) -> (settings, hyperparams), domain one of `DOMAINS`; raises ValueError for others.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"domain={domain!r} has no preset for method {method!r}; "
-                         f"use one of {', '.join(map(repr, DOMAINS))}")
-    return presets["cifar10" if domain == "gse_paper" else domain, bool(targeted)]
+    def preset(domain: str, targeted: bool):
+        if domain not in DOMAINS:
+            raise ValueError(f"domain={domain!r} has no preset for method {method!r}; "
+                             f"use one of {', '.join(map(repr, DOMAINS))}")
+        return presets["cifar10" if domain == "gse_paper" else domain, bool(targeted)]
+
+    return preset
 
 
 def check_types(method: str, settings, hyperparams, settings_type, hyperparams_type) -> None:
@@ -126,6 +124,6 @@ def check_num_pixels(settings, image_shape) -> None:
     """
     check_whole_numbers(settings, {"num_pixels": 1})
     total = image_shape[0] * image_shape[1]
-    if not 1 <= settings.num_pixels <= total:
+    if settings.num_pixels > total:
         raise ValueError(f"settings.num_pixels={settings.num_pixels} must lie in [1, {total}] for "
                          f"images of {image_shape[0]}x{image_shape[1]} pixels")

@@ -25,16 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
-from gse_jax.attacks.baselines.record import (
-    Record,
-    is_over,
-    note,
-    outcome_of,
-    start_record,
-    wanted_label,
-)
+from gse_jax.attacks.baselines.record import Record, is_over, note, outcome_of, start_record
 from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.ops import (
     cross_entropy,
@@ -111,11 +104,6 @@ PRESETS = {(domain, targeted): (GSMDSettings(), GSMDHyperparams(budget=2.0 if ta
            for domain in ("original", "imagenet") for targeted in (False, True)}
 PRESETS |= {("cifar10", targeted): (GSMDSettings(cells_per_axis=8), GSMDHyperparams(budget=5.0))
             for targeted in (False, True)}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("gsmd", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -207,4 +195,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-GSMD = Method(bind=bind, preset=preset, check=check, segment=segment)
+GSMD = Method(bind=bind, preset=configuration.chooser("gsmd", PRESETS), check=check, segment=segment)

@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.homotopy_search import OVER, Search, advance, start_search
 from gse_jax.attacks.baselines.homotopy_steps import Looked, largest_group
@@ -55,7 +55,6 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
 from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.ops import count_groups, cross_entropy, margin_loss
@@ -147,11 +146,6 @@ PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row
                                       norm_step=1e-3, saturation=0.8))))}
 
 
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("homotopy", PRESETS, domain, targeted)
-
-
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     del image_shape  # Unused: superpixels fit every image.
@@ -214,4 +208,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      lambda state: outcome_of(state.record, state.best_tradeoff))
 
 
-HOMOTOPY = Method(bind=bind, preset=preset, check=check, segment=segment)
+HOMOTOPY = Method(bind=bind, preset=configuration.chooser("homotopy", PRESETS), check=check, segment=segment)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gse_jax.attacks.algorithm import select
 from gse_jax.attacks.baselines.homotopy_steps import (
     FIRST_STEP,
     Limits,
@@ -24,7 +25,6 @@ from gse_jax.attacks.baselines.homotopy_steps import (
     spectral_length,
     tuned,
 )
-from gse_jax.attacks.baselines.record import select
 
 # What the model is asked about: the extrapolated y, the step z from y, the step v from x, a point
 # of the tuning, a level of the final cut.

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -36,9 +36,7 @@ from gse_jax.attacks.baselines.record import (
     is_success,
     note,
     outcome_of,
-    select,
     start_record,
-    wanted_label,
 )
 from gse_jax.ops import (
     LineSearch,
@@ -116,11 +114,6 @@ PRESETS = {(domain, targeted): (FWnuclSettings(patch_size=size), FWnuclHyperpara
            for targeted in (False, True)}
 
 
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("fwnucl", PRESETS, domain, targeted)
-
-
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("fwnucl", settings, hyperparams, FWnuclSettings, FWnuclHyperparams)
@@ -190,4 +183,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      wants_gradient=lambda state: ~state.searching, direction=vertex)
 
 
-FWNUCL = Method(bind=bind, preset=preset, check=check)
+FWNUCL = Method(bind=bind, preset=configuration.chooser("fwnucl", PRESETS), check=check)

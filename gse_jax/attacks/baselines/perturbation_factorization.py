@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.perturbation_factorization_steps import (
     Duals,
@@ -50,9 +50,7 @@ from gse_jax.attacks.baselines.record import (
     is_success,
     note,
     outcome_of,
-    select,
     start_record,
-    wanted_label,
 )
 from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.segmentation import slic_segments
@@ -144,11 +142,6 @@ PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row
     ("cifar10", (SAPFSettings(), SAPFHyperparams())),
     ("imagenet", (SAPFSettings(num_pixels=6333, num_segments=350),
                   SAPFHyperparams(tradeoff=0.01))))}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("sapf", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -249,4 +242,4 @@ def begin_run(state: SAPFState) -> SAPFState:
         lower=lower, upper=upper, succeeded=jnp.zeros((), bool), run=state.run + 1)
 
 
-SAPF = Method(bind=bind, preset=preset, check=check, segment=segment)
+SAPF = Method(bind=bind, preset=configuration.chooser("sapf", PRESETS), check=check, segment=segment)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -29,7 +29,6 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
 from gse_jax.ops import cross_entropy, project_l2_ball
 
@@ -91,11 +90,6 @@ PRESETS = {("original", False): (PGDSettings(), PGDHyperparams()),
            ("original", True): (PGDSettings(), PGDHyperparams())}
 PRESETS |= {(domain, targeted): _COMPARED for domain in ("cifar10", "imagenet")
             for targeted in (False, True)}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("pgd", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -206,4 +200,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-PGD = Method(bind=bind, preset=preset, check=check)
+PGD = Method(bind=bind, preset=configuration.chooser("pgd", PRESETS), check=check)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -32,7 +32,6 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
 from gse_jax.ops import cross_entropy, project_sparse_box, project_sparse_sigma, sigma_map
 
@@ -94,11 +93,6 @@ PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row
     ("cifar10", (PGD0Settings(num_pixels=90, max_steps=200), _COMPARED)),
     ("imagenet", (PGD0Settings(num_pixels=6600, max_steps=200), _COMPARED)),
 )}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("pgd0", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -173,4 +167,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-PGD0 = Method(bind=bind, preset=preset, check=check)
+PGD0 = Method(bind=bind, preset=configuration.chooser("pgd0", PRESETS), check=check)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines import random_search_moves as moves
 from gse_jax.attacks.baselines.record import (
@@ -32,9 +32,8 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
-from gse_jax.ops import cross_entropy, logit_gap
+from gse_jax.ops import cross_entropy, signed_margin
 
 # Margins closer to zero than this do not replace a pattern; of the reference.
 _MARGIN = -1e-6
@@ -104,11 +103,6 @@ PRESETS |= {(domain, targeted): _compared(num_pixels) for targeted in (False, Tr
             for domain, num_pixels in (("cifar10", 90), ("imagenet", 6600))}
 
 
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("sparse_rs", PRESETS, domain, targeted)
-
-
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("sparse_rs", settings, hyperparams, SparseRSSettings,
@@ -160,22 +154,20 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     def loss(state: SparseRSState, logits):
         label = wanted_label(state.sample, targeted)
-        return cross_entropy(logits, label) if targeted else logit_gap(logits, label)
+        return cross_entropy(logits, label) if targeted else signed_margin(logits, label, targeted=False)
 
     def step(state: SparseRSState, evaluation) -> SparseRSState:
         sample = state.sample
         success = is_success(state.record, sample, evaluation, targeted)
         clean = state.record.forward_evals == 0
-        gap = logit_gap(evaluation.logits, wanted_label(sample, targeted))
-        margin = -gap if targeted else gap
+        margin = signed_margin(evaluation.logits, wanted_label(sample, targeted), targeted=targeted)
         better = ~clean & ((evaluation.loss < state.loss) | (margin < _MARGIN))
         query = jnp.where(clean, 0, state.query + 1)
         exhausted = query >= settings.max_queries
         restart = state.restart + exhausted.astype(jnp.int32)
         over = success | (exhausted & (restart >= settings.num_restarts))
         begin = clean | exhausted
-        pattern = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.candidate,
-                               state.pattern)
+        pattern = select(better, state.candidate, state.pattern)
         query = jnp.where(begin, 0, query)
         return SparseRSState(
             sample=sample,
@@ -193,4 +185,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                      wants_gradient=lambda state: jnp.zeros((), bool))
 
 
-SPARSE_RS = Method(bind=bind, preset=preset, check=check)
+SPARSE_RS = Method(bind=bind, preset=configuration.chooser("sparse_rs", PRESETS), check=check)

@@ -12,11 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks.algorithm import Evaluation, Outcome, Sample
+from gse_jax.attacks.algorithm import RUNNING, Evaluation, Outcome, Sample, fools, wanted_label
 from gse_jax.ops import is_adversarial
 from gse_jax.types import Status
-
-RUNNING = -1  # status of an image that is being worked on
 
 
 class Record(NamedTuple):
@@ -50,19 +48,6 @@ def start_record(sample: Sample) -> Record:
     zero = jnp.zeros((), jnp.int32)
     return Record(sample.x, jnp.full((), jnp.inf, sample.x.dtype),
                   jnp.asarray(RUNNING, jnp.int32), zero, zero)
-
-
-def wanted_label(sample: Sample, targeted: bool):
-    """Return the class the attack speaks of: the target, or the true label to get away from.
-
-    Args:
-        sample: one image.
-        targeted: direction.
-
-    Returns:
-        [] int32.
-    """
-    return sample.target if targeted else sample.y
 
 
 def is_success(record: Record, sample: Sample, evaluation: Evaluation, targeted: bool):
@@ -146,25 +131,9 @@ def outcome_of(record: Record, tradeoff=None) -> Outcome:
     Returns:
         Outcome.
     """
-    success = (record.status == Status.FOUND) | (record.status == Status.ALREADY_MISCLASSIFIED)
     tradeoff = jnp.zeros_like(record.score) if tradeoff is None else tradeoff
-    return Outcome(record.best, success, record.status, record.gradient_evals,
+    return Outcome(record.best, fools(record.status), record.status, record.gradient_evals,
                    record.forward_evals, tradeoff)
-
-
-def select(condition, new, old):
-    """Choose between two states, leaf by leaf.
-
-    Args:
-        condition: [] bool.
-        new: pytree of arrays, taken where True.
-        old: the same, taken where False.
-
-    Returns:
-        The same pytree. Leaves that are one object in both are passed on: half of what is compiled
-        would else be choices between equals.
-    """
-    return jax.tree.map(lambda a, b: b if a is b else jnp.where(condition, a, b), new, old)
 
 
 def key_of(key, sample: Sample, *counters):

@@ -21,16 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
-from gse_jax.attacks.baselines.record import (
-    Record,
-    is_over,
-    note,
-    outcome_of,
-    start_record,
-    wanted_label,
-)
+from gse_jax.attacks.baselines.record import Record, is_over, note, outcome_of, start_record
 from gse_jax.ops import is_adversarial, margin_loss, smooth_l0_gradient
 
 # Adam's decay rates and offset, Kingma and Ba, arXiv 1412.6980, section 2.
@@ -92,11 +85,6 @@ class SigmaZeroState(NamedTuple):
 PRESETS = {(domain, targeted): (SigmaZeroSettings(steps), SigmaZeroHyperparams())
            for domain, steps in (("original", 100), ("cifar10", 1000), ("imagenet", 1000))
            for targeted in (False, True)}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("sigma_zero", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -172,4 +160,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-SIGMA_ZERO = Method(bind=bind, preset=preset, check=check)
+SIGMA_ZERO = Method(bind=bind, preset=configuration.chooser("sigma_zero", PRESETS), check=check)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -34,7 +34,6 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
 from gse_jax.ops import capped_simplex_vertex, cross_entropy, largest_pixels
 
@@ -107,11 +106,6 @@ def _compared(num_pixels):
 PRESETS = {("imagenet", False): _compared(50), ("imagenet", True): _compared(500)}
 PRESETS |= {(domain, targeted): _compared(50 if targeted else 25) for targeted in (False, True)
             for domain in ("original", "cifar10")}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("saif", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -233,4 +227,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                      wants_gradient=lambda state: ~state.testing)
 
 
-SAIF = Method(bind=bind, preset=preset, check=check)
+SAIF = Method(bind=bind, preset=configuration.chooser("saif", PRESETS), check=check)

@@ -39,7 +39,6 @@ from gse_jax.attacks.baselines.record import (
     note,
     outcome_of,
     start_record,
-    wanted_label,
 )
 from gse_jax.ops import (
     average_blocks,
@@ -120,11 +119,6 @@ PRESETS = {(domain, targeted): (settings, SparsePGDHyperparams()) for targeted i
                ("original", SparsePGDSettings()),
                ("cifar10", SparsePGDSettings(num_pixels=20, max_steps=300)),
                ("imagenet", SparsePGDSettings(num_pixels=200, max_steps=300)))}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("sparse_pgd", PRESETS, domain, targeted)
 
 
 def block_of(settings, image_shape):
@@ -302,4 +296,4 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                      lambda state: outcome_of(state.record))
 
 
-SPARSE_PGD = Method(bind=bind, preset=preset, check=check)
+SPARSE_PGD = Method(bind=bind, preset=configuration.chooser("sparse_pgd", PRESETS), check=check)

@@ -46,7 +46,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks import validation
-from gse_jax.attacks.algorithm import Algorithm, Method, Sample
+from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
 from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -54,9 +54,7 @@ from gse_jax.attacks.baselines.record import (
     is_success,
     note,
     outcome_of,
-    select,
     start_record,
-    wanted_label,
 )
 from gse_jax.attacks.baselines.structured_attack_steps import (
     Blocks,
@@ -174,11 +172,6 @@ PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row
                                     retrain_must_improve=False), _ORIGINAL)),
     ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
     ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
-
-
-def preset(domain: str, targeted: bool):
-    """Return a published configuration; see `configuration.choose_preset`."""
-    return configuration.choose_preset("strattack", PRESETS, domain, targeted)
 
 
 def check(settings, hyperparams, image_shape) -> None:
@@ -310,4 +303,4 @@ def begin_run(state: StrAttackState, settings, params, limits, scale) -> StrAtta
         ahead=jnp.zeros((), jnp.int32), testing=jnp.zeros((), bool))
 
 
-STRATTACK = Method(bind=bind, preset=preset, check=check)
+STRATTACK = Method(bind=bind, preset=configuration.chooser("strattack", PRESETS), check=check)

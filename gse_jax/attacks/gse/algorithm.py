@@ -17,7 +17,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample
+from gse_jax.attacks.algorithm import (
+    RUNNING,
+    Algorithm,
+    Evaluation,
+    Method,
+    Outcome,
+    Sample,
+    fools,
+    select,
+    wanted_label,
+)
 from gse_jax.attacks.gse import settings as configuration
 from gse_jax.attacks.gse.nesterov import Iterate, clip, iterate, start_run
 from gse_jax.attacks.gse.search import (
@@ -30,7 +40,6 @@ from gse_jax.attacks.gse.search import (
 from gse_jax.ops import count_patches, is_adversarial, largest_active_tradeoff, margin_loss
 from gse_jax.types import Status
 
-RUNNING = -1  # status of an image that is being worked on
 _UNBEATEN = jnp.iinfo(jnp.int32).max  # patches of an image without any success
 
 
@@ -107,17 +116,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
     def point(state: GSEState):
         return clip(state.sample.x + scale * state.iterate.w, low, high)
 
-    def wanted(sample: Sample):
-        return sample.target if targeted else sample.y
-
     def loss(state: GSEState, logits):
-        return margin_loss(logits, wanted(state.sample), targeted=targeted)
+        return margin_loss(logits, wanted_label(state.sample, targeted), targeted=targeted)
 
     def step(state: GSEState, evaluation: Evaluation) -> GSEState:
         x = state.sample.x
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         gradient = evaluation.gradient * scale
-        adversarial = is_adversarial(evaluation.logits, wanted(state.sample), targeted=targeted)
+        adversarial = is_adversarial(evaluation.logits, wanted_label(state.sample, targeted), targeted=targeted)
         # Of an adversarial image the gradient is not used.
         finite = jnp.isfinite(evaluation.loss) & (adversarial | jnp.all(jnp.isfinite(gradient)))
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
@@ -134,14 +140,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         first = start_search(
             start if start is not None else params.initial_fraction
             * largest_active_tradeoff(clean_gradient, params.step_size))
-        ended = _select(clean, first, run_ended(state.search, succeeded))
+        ended = select(clean, first, run_ended(state.search, succeeded))
         begin = clean | succeeded | failed
-        search = _select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings,
+        search = select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings,
                                                params), state.search)
         over = search.run >= settings.num_runs
 
         # Iteration k of the current run, or iteration 0 of the next one from the clean gradient.
-        now = _select(begin, start_run(x.shape, search.tradeoff), state.iterate)
+        now = select(begin, start_run(x.shape, search.tradeoff), state.iterate)
         moved = iterate(now, jnp.where(begin, clean_gradient, gradient),
                         (low - x) / scale, (high - x) / scale, start=search.tradeoff,
                         step_size=step_size_of(search, settings, params),
@@ -170,8 +176,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         )
 
     def finish(state: GSEState) -> Outcome:
-        success = (state.status == Status.FOUND) | (state.status == Status.ALREADY_MISCLASSIFIED)
-        return Outcome(state.best, success, state.status, state.gradient_evals,
+        return Outcome(state.best, fools(state.status), state.status, state.gradient_evals,
                        state.forward_evals, state.best_tradeoff)
 
     def progress(state: GSEState):
@@ -191,10 +196,6 @@ def _judged(state: GSEState, margin, settings):
     windows_left = (settings.max_steps - state.iterate.step).astype(margin.dtype) / window
     hopeless = due & (margin > windows_left * (state.checkpoint - margin))
     return hopeless, jnp.where(due, margin, state.checkpoint)
-
-
-def _select(condition, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 GSE = Method(bind=bind, preset=configuration.preset, check=configuration.check)

@@ -16,14 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks.algorithm import Algorithm, Evaluation, Outcome, Sample
+from gse_jax.attacks.algorithm import (
+    RUNNING,
+    Algorithm,
+    Evaluation,
+    Outcome,
+    Sample,
+    fools,
+    select,
+    wanted_label,
+)
 from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, step_to_boundary
 from gse_jax.attacks.refinement.settings import moves_of
 from gse_jax.attacks.refinement.supports import power, propose
-from gse_jax.ops import count_clusters, count_patches, is_adversarial, logit_gap
+from gse_jax.ops import count_clusters, count_patches, is_adversarial, signed_margin
 from gse_jax.types import Status
 
-RUNNING = -1  # status of an image that is being worked on
 _FIRST_FRACTION = 0.25  # of the patches or pixels that a walk's first proposal removes
 _LATER_FRACTION = 0.1  # the same when another move takes over
 _LARGEST_FRACTION = 0.5
@@ -152,10 +160,6 @@ def _as_int(flag):
     return flag.astype(jnp.int32)
 
 
-def _select(condition, new, old):
-    return jax.tree.map(lambda a, b: b if a is b else jnp.where(condition, a, b), new, old)
-
-
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     """Return the refinement with its configuration bound; see `Bind`. It is deterministic.
 
@@ -175,9 +179,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     moves = moves_of(settings)
     # Only supports depend on the scale of the blur.
     scales = settings.scales if {"shrink", "relocate", "thin"} & set(moves) else (1.0,)
-
-    def wanted(sample: Sample):
-        return sample.target if targeted else sample.y
 
     def measured(state: RefineState, evaluation: Evaluation, params) -> Anchor:
         image, x = state.walk.point, state.sample.x
@@ -201,7 +202,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         failed = ~succeeded & (adversarial | (repairs >= settings.max_repairs) | hopeless)
         # With the caps not yet kept there is nothing smaller to look for.
         failed &= (state.current.score[EXCESS] == 0.0) | adversarial
-        current = _select(succeeded, here, state.current)
+        current = select(succeeded, here, state.current)
         leads = succeeded & (opening | _precedes(here.score, state.best_score, settings.objective))
         of_move = np.asarray([PIXELS if move == "thin" else PATCHES for move in moves])
         single = walk.fraction * state.current.score[of_move][walk.move] <= 1.0
@@ -216,7 +217,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             resting=jnp.where(succeeded, 0, walk.resting),
             repairs=jnp.where(succeeded | failed, 0, repairs),
             first_margin=jnp.where(repairs == 1, here.margin, walk.first_margin))
-        origin = _select(opening, here, state.origin)
+        origin = select(opening, here, state.origin)
         return state._replace(
             origin=origin, current=current, walk=walk, best=jnp.where(leads, here.image, state.best),
             best_score=jnp.where(leads, here.score, state.best_score)), succeeded | failed
@@ -231,13 +232,13 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         nowhere = jnp.zeros_like(walk.blocked)
         walk = walk._replace(
             move=jnp.where(ended, 0, jnp.where(exhausted, (walk.move + 1) % len(moves), walk.move)),
-            blocked=_select(exhausted, nowhere, walk.blocked),
+            blocked=select(exhausted, nowhere, walk.blocked),
             fraction=jnp.where(ended, _FIRST_FRACTION, jnp.where(
                 exhausted, jnp.maximum(walk.fraction, _LATER_FRACTION), walk.fraction)),
             failures=jnp.where(exhausted, 0, walk.failures),
             resting=jnp.where(ended, 0, resting),
             round=walk.round + _as_int(ended))
-        return state._replace(current=_select(ended, state.origin, state.current), walk=walk)
+        return state._replace(current=select(ended, state.origin, state.current), walk=walk)
 
     def moved(state: RefineState, here: Anchor, anew, evaluation, params) -> RefineState:
         """Choose the image that is evaluated next."""
@@ -259,7 +260,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         lower = jnp.maximum(lower, -params.max_linf)
         upper = jnp.minimum(upper, params.max_linf)
 
-        base = _select(anew, current, here)
+        base = select(anew, current, here)
         before = (base.image - x) / unit
         # To shorten the norm on the same support: half of the way back, then the shortest step to
         # the boundary, and hardly beyond it.
@@ -275,13 +276,13 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def step(state: RefineState, evaluation: Evaluation) -> RefineState:
         x = state.sample.x
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
-        adversarial = is_adversarial(evaluation.logits, wanted(state.sample), targeted=targeted)
+        adversarial = is_adversarial(evaluation.logits, wanted_label(state.sample, targeted), targeted=targeted)
         finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
         here = measured(state, evaluation, params)
         opening = state.evals == 0
         judged_state, anew = judged(state, here, adversarial, params)
-        chosen = _select(anew, next_move(judged_state), judged_state)
+        chosen = select(anew, next_move(judged_state), judged_state)
         state = moved(chosen, here, anew, evaluation, params)
         evals = state.evals + 1
 
@@ -300,13 +301,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return state._replace(status=verdict.astype(jnp.int32), evals=evals)
 
     def loss(state: RefineState, logits):
-        gap = logit_gap(logits, wanted(state.sample))
-        return -gap if targeted else gap
+        return signed_margin(logits, wanted_label(state.sample, targeted), targeted=targeted)
 
     def finish(state: RefineState) -> Outcome:
-        found = (state.status == Status.FOUND) | (state.status == Status.ALREADY_MISCLASSIFIED)
         image = jnp.where(state.status == Status.FOUND, state.best, state.sample.x)
-        return Outcome(image, found, state.status, state.evals, state.evals,
+        return Outcome(image, fools(state.status), state.status, state.evals, state.evals,
                        jnp.zeros((), state.sample.x.dtype))
 
     return Algorithm(lambda sample: start(sample, sample.start, settings.max_evals),

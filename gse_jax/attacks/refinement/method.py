@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample
+from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample, select
 from gse_jax.attacks.gse import algorithm as gse
 from gse_jax.attacks.gse import settings as gse_configuration
 from gse_jax.attacks.gse.settings import GSEHyperparams, GSESettings
@@ -146,8 +146,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             status=jnp.where(gives_up, Status.NOT_FOUND, searched.status).astype(jnp.int32))
         begun = refinement.start(state.gse.sample, searched.best, left)
         return GSERefinedState(
-            gse=_select(state.refining, state.gse, searched),
-            refinement=_select(begins, begun, _select(state.refining, refined, state.refinement)),
+            gse=select(state.refining, state.gse, searched),
+            refinement=select(begins, begun, select(state.refining, refined, state.refinement)),
             refining=state.refining | begins)
 
     def done(state: GSERefinedState):
@@ -155,7 +155,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def finish(state: GSERefinedState) -> Outcome:
         before, after = first.finish(state.gse), then.finish(state.refinement)
-        chosen = _select(state.refining, after, before)
+        chosen = select(state.refining, after, before)
         return chosen._replace(
             gradient_evals=before.gradient_evals + after.gradient_evals,
             forward_evals=before.forward_evals + after.forward_evals,
@@ -165,10 +165,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     # Every image that is found spends its budget.
     return Algorithm(init, query, loss, step, done, finish,
                      progress=lambda state: state.gse.gradient_evals + state.refinement.evals)
-
-
-def _select(condition, new, old):
-    return jax.tree.map(lambda a, b: b if a is b else jnp.where(condition, a, b), new, old)
 
 
 def _preset(domain, targeted):
