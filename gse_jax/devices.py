@@ -32,6 +32,19 @@ def use_all_cpu_cores() -> int:
     return cores
 
 
+def local_devices() -> list[jax.Device]:
+    """Return where attacks run: on all devices of this process, or on JAX's default device if one is set."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()
+    return jax.local_devices(backend=chosen) if isinstance(chosen, str) else [chosen]
+
+
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu": of `local_devices`."""
+    return local_devices()[0].platform
+
+
 def _num_cores() -> int:
     """How many cores this process may use; a container's quota counts, which the system's own numbers leave out."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -85,6 +85,8 @@ class Algorithm(NamedTuple):
         hinged: the loss is never below zero and its gradient is zero where the loss is. Calls are
             then forward passes, followed by the gradient for those lanes alone whose loss is not
             zero: worth it for attacks that spend most evaluations beyond the boundary.
+        gradient_free: no evaluation needs a gradient: the model is never differentiated, and need not be
+            differentiable.
         direction: gradient [H, W, C] -> [H, W, C], what `step` receives in its place; for work on the
             gradient that would be in vain in forward passes. Not finite where the gradient is not.
         progress: state -> [], more for images nearer to their end; None where nothing tells. In the
@@ -99,6 +101,7 @@ class Algorithm(NamedTuple):
     finish: Callable[[Any], Outcome]
     wants_gradient: Callable[[Any], jax.Array] | None = None
     hinged: bool = False
+    gradient_free: bool = False
     direction: Callable[[jax.Array], jax.Array] | None = None
     progress: Callable[[Any], jax.Array] | None = None
 

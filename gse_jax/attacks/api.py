@@ -22,7 +22,7 @@ from gse_jax.attacks.runner import (
     stream,
 )
 from gse_jax.attacks.segmentation import segments_of
-from gse_jax.devices import is_out_of_memory
+from gse_jax.devices import is_out_of_memory, platform
 from gse_jax.types import ApplyFn, AttackResult, Bounds
 
 LARGEST_CIFAR_SIDE = 64  # pixels; larger images take the ImageNet preset
@@ -78,7 +78,7 @@ def attack(
         pixels "cifar10", else "imagenet") and the direction; `result.preset` says which. Results
         that do not fit into an accelerator's memory stay NumPy arrays, with a warning.
 
-    Runs on all local devices and returns to the host now and then. Under the caller's `jit`,
+    Runs on all local devices (on JAX's default device, where one is set) and returns to the host now and then. Under the caller's `jit`,
     `vmap` or `shard_map(..., check_vma=False)` it is one compiled loop on whatever device the
     caller's program runs.
 
@@ -283,13 +283,14 @@ class _Call:
         samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
                          np.arange(count, dtype=np.int32), setup.segment(x),
                          None if starts is None else array(starts))
-        arguments = (self.params, setup.hyperparams, setup.key, samples)
+        params = self.params
+        arguments = (params, setup.hyperparams, setup.key, samples)
         if count == 0:
             outcome = _empty_outcome(setup, samples)
         elif traced:
             _check_shard_map(arguments)
-            arguments = validation.unsplit(arguments)
-            width = self.lanes or default_lanes_per_device(jax.default_backend(), *x.shape[1:3])
+            params, _, _, samples = arguments = validation.unsplit(arguments)
+            width = self.lanes or default_lanes_per_device(platform(), *x.shape[1:3])
             outcome = in_graph(setup.program, min(width, count))(*arguments)
         else:
             outcome = run(setup.program, *arguments, self.lanes, progress)
@@ -298,7 +299,8 @@ class _Call:
                 from gse_jax.attacks.refinement import within_caps  # when needed
 
                 starts = within_caps(samples.start, samples.x, setup.hyperparams, self.bounds)
-            outcome = confirmed(self.params, setup.program.apply_fn, outcome, *samples[:2], targets, starts, self.lanes)
+            outcome = confirmed(params, setup.program.apply_fn, outcome, samples.x, samples.y,
+                                None if targets is None else samples.target, starts, self.lanes)
         outcome = jax.tree.map(jnp.asarray, outcome) if traced else _on_device(outcome)
         return AttackResult(*outcome, method=method, preset=setup.preset)
 
@@ -319,7 +321,7 @@ def _set_up(params, apply_fn, row, settings, hyperparams, bounds, key, targeted,
         raise TypeError(f"settings.{lists[0]} must be a tuple, got a list")
     num_classes, staged = validation.check_model(params, apply_fn, image_shape, dtype)
     program = Program(hashable(apply_fn), row.bind, settings, targeted, bounds,
-                      rewrite_convolutions=jax.default_backend() == "cpu", precision=precision)
+                      rewrite_convolutions=platform() == "cpu", precision=precision)
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
     return _Setup(program, hyperparams, as_key(key), num_classes, staged, name,
                   lambda x: segments_of(row, settings, x, bounds))

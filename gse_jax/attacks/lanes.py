@@ -144,6 +144,10 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
         logits = narrowed(as_returned(logits_fn(points)), points.dtype)
         return logits.reshape(len(points), logits.shape[-1])  # a model may squeeze a batch of one
 
+    if algorithm.gradient_free:
+        logits = rows_of_logits(points).astype(points.dtype)
+        return Evaluation(logits, jax.vmap(algorithm.loss)(states, logits), jnp.zeros_like(points)), []
+
     logits, pullback = jax.vjp(rows_of_logits, points)
 
     # The derivative of the loss by the logits is taken image by image; a NaN in one row cannot
@@ -185,7 +189,8 @@ def _gradients_where(needed, evaluate_fn, states, saved):
         """The lanes' part of one saved array; None where no axis tells which that is."""
         pairs = enumerate(zip(array.shape, like.shape))
         changed = [(axis, pair) for axis, pair in pairs if pair[0] != pair[1]]
-        if [pair for _, pair in changed] != [(num_lanes, num_lanes + 1)]:
+        # Integers may be positions in the batch, `h[jnp.arange(len(h)), i]`, which are others in a smaller one.
+        if [pair for _, pair in changed] != [(num_lanes, num_lanes + 1)] or jnp.issubdtype(array.dtype, jnp.integer):
             return None
         return jnp.take(array, lanes, changed[0][0], mode="clip")
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks.algorithm import Outcome, Sample
+from gse_jax.attacks.algorithm import NO_SAMPLE, Outcome, Sample
 from gse_jax.attacks.lanes import Queue
 from gse_jax.attacks.packing import (
     CPU_WIDTH,
@@ -26,7 +26,7 @@ from gse_jax.attacks.packing import (
     tail_width,
 )
 from gse_jax.attacks.program import Program, filled_on_mesh, make_mesh, on_mesh, replicate, split, under
-from gse_jax.devices import hint_at_idle_cores
+from gse_jax.devices import hint_at_idle_cores, local_devices
 
 
 class Progress(NamedTuple):
@@ -60,6 +60,7 @@ _LARGE_JOB = 4
 # Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
 # more than one in four calls. Dealt again when half of them are taken.
 _QUEUE_PER_LANE = 8
+_KEYS = "threefry2x32"  # kind of random keys, whatever JAX's default is
 _FEW = 16  # images per device up to which a CPU works in fewer lanes
 
 
@@ -100,7 +101,7 @@ def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list
     Returns:
         (devices, lanes per device to begin with).
     """
-    devices = jax.local_devices()
+    devices = local_devices()
     if lanes is not None:
         devices = devices[:lanes]
         width = -(-lanes // len(devices))
@@ -148,14 +149,19 @@ class _Dealer:
         """Return how many dealt samples no lane has taken yet, per device."""
         return np.asarray([len(dealt) - int(b) for dealt, b in zip(self._dealt, begin)])
 
-    def deal(self, begin, places: int) -> tuple[Queue, int]:
-        """Return new queues of `places` per device, and the number of samples fresh from stock."""
+    def deal(self, begin, places: int, at_work) -> tuple[Queue, int]:
+        """Return new queues of `places` per device, and the number of samples fresh from stock.
+
+        Devices with fewer images in their lanes, `at_work` [D], are served first.
+        """
         returned = [s for dealt, b in zip(self._dealt, begin) for s in dealt[int(b):]]
         room = self._devices * places - len(returned)
         self.fill(room)
         fresh, self.stock = self.stock[:room], self.stock[room:]
         waiting = returned + fresh
-        self._dealt = [waiting[d::self._devices] for d in range(self._devices)]
+        depth = np.asarray(at_work)[:, None] + np.arange(places)
+        device = np.argsort(depth.T.ravel(), kind="stable")[:len(waiting)] % self._devices
+        self._dealt = [[waiting[i] for i in np.flatnonzero(device == d)] for d in range(self._devices)]
         # Padding repeats some image: what idle lanes compute in vain stays finite.
         self._padding = waiting[0] if waiting else self._padding
         ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
@@ -241,11 +247,12 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
         return
     algorithm = program.algorithm(hyperparams, key)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dealer.stock[0])
-    queue, unfinished = dealer.deal([0] * len(devices), per_lane * width)
+    queue, unfinished = dealer.deal([0] * len(devices), per_lane * width, [0] * len(devices))
     with under(mesh):
         state, begin = filled_on_mesh(program, mesh, width)(hyperparams, key, queue)
     queue = queue._replace(begin=begin)
-    rest = Tail(algorithm, one, width, platform, narrowest, sharding)
+    with under(mesh):
+        rest = Tail(algorithm, one, width, platform, narrowest, sharding)
     while unfinished:
         advance = on_mesh(program, mesh, (1 + per_lane) * width)
         with under(mesh):
@@ -264,7 +271,8 @@ def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_im
         if low:
             dealer.fill(1)
         if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
-            queue, fresh = dealer.deal(begin, per_lane * width)
+            at_work = (np.asarray(state.sample_id) != NO_SAMPLE).reshape(len(devices), -1).sum(1)
+            queue, fresh = dealer.deal(begin, per_lane * width, at_work)
             unfinished += fresh
         elif unfinished and low:
             calls = calls_in_tail
@@ -299,7 +307,7 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         Stretch, in the order in which images finish. Every image is in exactly one. On an accelerator
         each comes when the next one is done; whoever stops before the end loses the last.
     """
-    behind = _platform(jax.local_devices()) != "cpu"
+    behind = _platform(local_devices()) != "cpu"
     last = None  # an accelerator's comes out when the next one is done: it is copied meanwhile
     try:
         for done in _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
@@ -360,14 +368,19 @@ def as_key(key) -> jax.Array:
     Raises:
         TypeError: for anything else.
         ValueError: for a seed outside [0, 2**32), or several keys.
+
+    The key is one of threefry's: of a batch of the others, "rbg", JAX draws all numbers from the first key,
+    so that an image's would be those of its neighbours.
     """
     if key is None or isinstance(key, (int, np.integer)):
         if key is not None and not 0 <= key < 2**32:  # JAX takes no more bits into a key
             raise ValueError(f"key must be from 0 to 2**32 - 1 as a seed, got {key}")
-        return jax.random.key(0 if key is None else int(key))
+        return jax.random.key(0 if key is None else int(key), impl=_KEYS)
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape:
             raise ValueError(f"key must be one key, got an array of them of shape {list(key.shape)}; pass key[0]")
-        return key
+        if str(jax.random.key_impl(key)) == _KEYS:
+            return key
+        return jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl=_KEYS)
     raise TypeError(f"key must be None, an int or a typed key from jax.random.key, "
                     f"got {type(key).__name__}")

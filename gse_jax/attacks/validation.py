@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.attacks.program import hashable
+
 SMALLEST_SIDE = 8  # pixels: one patch of d_{2,0}
 
 
@@ -196,12 +198,8 @@ def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
     batch = 3  # neither 1 nor 2: a model that mixes the batch axis shows
     probe = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
     try:
-        try:
-            hash(apply_fn)
-            traceable = apply_fn  # traced once
-        except TypeError:
-            traceable = lambda params, x: apply_fn(params, x)
-        jaxpr, out = jax.make_jaxpr(traceable, return_shape=True)(params, probe)
+        # JAX remembers what it traced by the function, so not for one that may hold another model by now.
+        jaxpr, out = jax.make_jaxpr(hashable(apply_fn), return_shape=True)(params, probe)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"apply_fn(params, x) failed for x of shape {list(probe.shape)} "

@@ -48,6 +48,7 @@ from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
 from gse_jax.attacks.program import compiled, hashable
 from gse_jax.attacks.validation import check_adversarials
+from gse_jax.devices import platform
 from gse_jax.differentiable.arguments import Goal, check_steps, problem
 from gse_jax.differentiable.saddle_point import saddle_point_solve
 from gse_jax.metrics import changed_mask
@@ -179,7 +180,7 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
         return goal.gap(full_precision(apply_fn)(params, point(w)[None])[0].astype(x.dtype), label)
 
     value_and_normal = jax.value_and_grad(margin)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         value_and_normal = canonical_convolutions(value_and_normal)
 
     def equations(unknowns):

@@ -50,6 +50,7 @@ from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.loops import checkpointed_scan, while_loop
 from gse_jax.attacks.precision import full_precision
 from gse_jax.attacks.program import compiled, hashable
+from gse_jax.devices import platform
 from gse_jax.differentiable.arguments import Goal, configuration, problem
 from gse_jax.ops import largest_active_tradeoff
 from gse_jax.types import ApplyFn, Bounds, Status
@@ -193,7 +194,7 @@ def run_once(params, samples, tradeoff, hyperparams, *, apply_fn, goal: Goal, se
     def evaluate_fn(params, states):
         return evaluate(plain, functools.partial(full_precision(apply_fn), params), states)[0]
 
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         evaluate_fn = canonical_convolutions(evaluate_fn)
     states = jax.vmap(plain.init)(samples)
     step_size = _step_sizes(evaluate_fn, params, states, goal, tradeoff, settings, hyperparams)

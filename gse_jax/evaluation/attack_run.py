@@ -18,6 +18,7 @@ import numpy as np
 import gse_jax
 from gse_jax.attacks import Progress, attack, validation
 from gse_jax.data.atomic import replacing
+from gse_jax.devices import local_devices
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import Summary, summary
 from gse_jax.types import ApplyFn, Status
@@ -172,7 +173,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         full[chosen] = np.asarray(values)
         return full
 
-    devices = jax.local_devices()
+    devices = local_devices()
     values = {} if hyperparams is None else hyperparams._asdict()
     # JSON knows no infinity: a cap that is none.
     facts = {"hyperparams": {name: float(value) if np.isfinite(value) else str(float(value))

@@ -32,7 +32,8 @@ from gse_jax.evaluation.model_probe import ModelProbe, evenly_chosen
 __all__ = ["Finding", "check"]
 
 
-def check(params, apply_fn, x, y, *, bounds=(0.0, 1.0), expected_accuracy=None, targets=None):
+def check(params, apply_fn, x, y, *, bounds=(0.0, 1.0), expected_accuracy=None, targets=None,
+          needs_gradient=True):
     """Look for what makes an evaluation wrong: data, model, and how the two fit.
 
     Costs one forward pass of all images, some of a subset, and 64 gradients; two compilations.
@@ -45,6 +46,7 @@ def check(params, apply_fn, x, y, *, bounds=(0.0, 1.0), expected_accuracy=None, 
         bounds: (lowest, highest) pixel value of `x`.
         expected_accuracy: share in [0, 1] that the model is known to reach, or None.
         targets: [N] int, classes that targeted attacks will aim at, or None.
+        needs_gradient: whether an attack will use the model's gradient; what is wrong with it is else a warning.
 
     Returns:
         List of `Finding`. The clean accuracy is always among them, as "info" where it is plausible.
@@ -81,7 +83,8 @@ def check(params, apply_fn, x, y, *, bounds=(0.0, 1.0), expected_accuracy=None, 
         good = (a if usable.all() else a[usable] for a in (x, y, logits))
         found += _of_usable(probe, *good, bounds, expected_accuracy)
         found += _targets(logits, targets)
-    return found + check_gradients(probe, x, y, usable)
+    severity = "error" if needs_gradient else "warning"
+    return found + check_gradients(probe, x, y, usable, severity)
 
 
 def _of_usable(probe, x, y, logits, bounds, expected_accuracy):

@@ -152,7 +152,7 @@ def _inverted(x):
     return (x.max() + x.min()) - x
 
 
-def check_gradients(probe, x, y, usable):
+def check_gradients(probe, x, y, usable, severity="error"):
     """Look for zero and non-finite input gradients.
 
     Args:
@@ -160,14 +160,15 @@ def check_gradients(probe, x, y, usable):
         x: [N, H, W, C] images.
         y: [N] labels.
         usable: bool [N]; the logits are finite.
+        severity: of gradients that no attack can use.
 
     Returns:
         List of `Finding`.
     """
     if (error := probe.gradient_error()) is not None:
-        return [Finding("gradients", "error", f"apply_fn cannot be differentiated: {error}.",
+        return [Finding("gradients", severity, f"apply_fn cannot be differentiated: {error}.",
                         "Use lax.scan for while loops, give callbacks a custom_vjp, or use an "
-                        "attack that needs no gradient.")]
+                        "attack that needs no gradient (sparse_rs).")]
     some = evenly_chosen(len(x), probe.few)
     gradients, _ = probe.gradients(x[some], y[some])
     finite = np.isfinite(gradients).all(axis=(1, 2, 3))
@@ -175,14 +176,14 @@ def check_gradients(probe, x, y, usable):
     broken = ~finite & usable[some]  # Non-finite logits have been reported already.
     found = []
     if broken.any():
-        found.append(Finding("gradients", "error" if broken.all() else "warning", "The input "
+        found.append(Finding("gradients", severity if broken.all() else "warning", "The input "
                              f"gradient is NaN or infinite for {share_of(broken)} images although "
                              "the logits are finite.", "Look for sqrt, norm, log or division at 0 "
                              "in the model; add a small constant inside, or use jnp.where twice."))
     if zero.any():
-        found.append(Finding("gradients", "error" if zero.all() else "warning", "The input "
+        found.append(Finding("gradients", severity if zero.all() else "warning", "The input "
                              f"gradient is exactly zero for {share_of(zero)} images: a gradient "
                              "attack cannot move them.", "Remove rounding, argmax, stop_gradient or"
                              " saturated softmax from apply_fn; otherwise use an attack that needs "
-                             "no gradient."))
+                             "no gradient (sparse_rs)."))
     return found

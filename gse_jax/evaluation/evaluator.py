@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gse_jax.devices import local_devices
 from gse_jax.evaluation.attacker import Attacker, unusable
 from gse_jax.evaluation.durable import StoreError
 from gse_jax.evaluation.fingerprint import differences, versions
@@ -108,10 +109,10 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
         if mismatch:
             writer.event("mismatch", differences=mismatch)
         work, total, resumed = _remaining(job, run_dir, residue)
-        device = jax.local_devices()[0]
+        devices = local_devices()
         writer.event("start", engine=engine, residue=list(residue), remaining=total - resumed,
-                     devices=len(jax.local_devices()), device_kind=device.device_kind,
-                     platform=device.platform, lanes=plan.lanes, versions=versions())
+                     devices=len(devices), device_kind=devices[0].device_kind,
+                     platform=devices[0].platform, lanes=plan.lanes, versions=versions())
         forward = Forward(job.model.params, job.model.apply_fn, job.model.image_shape)
         with Recorder(writer, forward, job.model.bounds, samples=samples, seconds=flush_seconds,
                       total=total, resumed=resumed) as recorder:
@@ -220,7 +221,7 @@ def _remaining(job: Job, run_dir: Path, residue) -> tuple[list[Work], int, int]:
 
 def _run_here(job: Job, work, run_dir, writer, recorder, forward, moved):
     """Attack on all local devices."""
-    kind = jax.local_devices()[0].device_kind
+    kind = local_devices()[0].device_kind
 
     def note(lanes):
         nonlocal limit

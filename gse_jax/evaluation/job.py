@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import METHODS, validation
+from gse_jax.devices import local_devices
 from gse_jax.evaluation.attacker import Model
 from gse_jax.evaluation.cases import Group, resolve
 from gse_jax.evaluation.checks import Finding, check
@@ -144,7 +145,7 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
     images = np.stack([np.asarray(s.x) for s in samples])
     found = check(job.model.params, job.model.apply_fn, images,
                   np.asarray([s.label for s in samples], np.int32), bounds=job.model.bounds,
-                  expected_accuracy=job.plan.expected_accuracy)
+                  expected_accuracy=job.plan.expected_accuracy, needs_gradient=any(map(_needs_gradient, job.groups)))
     if unusable:
         name, reason = unusable[0]
         fix = "Name one size for all, as folder:PATH,size=224" if "has shape" in reason else "Repair them"
@@ -152,6 +153,11 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
                              f"{len(unusable)} of {len(chosen)} images cannot be used; the first is "
                              f"{name!r}: {reason}.", f"{fix}; else they are set aside as quarantined."))
     return found
+
+
+def _needs_gradient(group: Group) -> bool:
+    bind = METHODS[group.method].bind
+    return not bind(group.settings, group.hyperparams, targeted=group.targeted, bounds=(0.0, 1.0), key=None).gradient_free
 
 
 def manifest_of(job: Job, findings, created: str) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def manifest_of(job: Job, findings, created: str) -> dict[str, Any]:
     Returns:
         JSON values.
     """
-    device = jax.local_devices()[0]
+    devices = local_devices()
     cases = [{"name": case.name, **group.describe(), "offset": case.offset or None}
              for group in job.groups for case in group.cases]
     return {
@@ -174,8 +180,8 @@ def manifest_of(job: Job, findings, created: str) -> dict[str, Any]:
         "plan": job.plan.to_dict(),
         "fingerprint": job.fingerprint,
         "versions": versions(),
-        "machine": {"platform": device.platform, "device_kind": device.device_kind,
-                    "devices": len(jax.local_devices()), "processes": jax.process_count()},
+        "machine": {"platform": devices[0].platform, "device_kind": devices[0].device_kind,
+                    "devices": len(devices), "processes": jax.process_count()},
         "cases": cases,
         "num_samples": job.num_samples,
         "num_classes": job.model.num_classes,

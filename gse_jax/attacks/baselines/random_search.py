@@ -182,7 +182,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record),
-                     wants_gradient=lambda state: jnp.zeros((), bool))
+                     gradient_free=True)
 
 
 SPARSE_RS = Method(bind=bind, preset=configuration.chooser("sparse_rs", PRESETS), check=check)
