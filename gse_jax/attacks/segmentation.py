@@ -30,6 +30,8 @@ def slic_segments(images, num_segments: int, blur: float = 0.0) -> np.ndarray:
     except ImportError:
         raise ImportError("superpixels need scikit-image, which is not installed; use "
                           "pip install \"gse-jax[baselines]\"") from None
+    if images.shape[-1] == 1:  # three channels become Lab, up to 100; beside distances a range of 1 counts for nothing
+        images = np.repeat(images, 3, axis=-1)
     found = [slic(np.asarray(image, np.float64), n_segments=num_segments, compactness=10.0,
                   sigma=blur, channel_axis=-1) for image in images]
     # Numbers without gaps, whatever scikit-image's version begins with.

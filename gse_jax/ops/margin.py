@@ -5,7 +5,6 @@ References:
     section V-A, f6 with kappa = 0; arXiv 2311.17434, section 2.1.
 """
 
-import jax
 import jax.numpy as jnp
 
 
@@ -51,9 +50,11 @@ def margin_loss(logits, label, *, targeted):
 
     Returns:
         [] untargeted `max(0, Z_y - max_{i != y} Z_i)`, targeted `max(0, max_{i != t} Z_i - Z_t)`.
-        NaN when `label` is not in [0, K).
+        NaN when `label` is not in [0, K). Where two classes tie its derivative is the margin's, not 0: else
+        an image that lies on the boundary could not be moved off it.
     """
-    return jax.nn.relu(signed_margin(logits, label, targeted=targeted))
+    margin = signed_margin(logits, label, targeted=targeted)
+    return jnp.where(margin < 0.0, 0.0, margin)
 
 
 def is_adversarial(logits, label, *, targeted):

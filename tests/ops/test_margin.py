@@ -34,3 +34,9 @@ def test_non_finite_logits_are_never_adversarial(poison):
     for label in range(3):
         for targeted in (False, True):
             assert not is_adversarial(logits, label, targeted=targeted)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_where_two_classes_tie_there_is_still_a_way_down(targeted):
+    value, gradient = jax.value_and_grad(margin_loss)(jnp.asarray([3.0, 3.0, 1.0]), 0, targeted=targeted)
+    assert value == 0.0 and np.sign(gradient).tolist() == ([-1, 1, 0] if targeted else [1, -1, 0])

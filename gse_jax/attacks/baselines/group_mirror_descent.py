@@ -11,7 +11,8 @@ References:
     attackParams.json. The paper's text was not found.
 
 Differs from the reference:
-    Of the adversarial iterates the one with the fewest pixels is kept, then with the smallest l2
+    Of the adversarial iterates the one with the fewest pixels is kept, then (as far as float32 has digits for
+    both, so hardly above 10,000 pixels) with the smallest l2
     norm (the code means to, but keeps the last). Superpixels are projected onto exactly, as cells are
     (there by their largest member alone). The projection inverts the mirror map, as mirror descent
     does; the code projects the dual point as if it were the primal one.

@@ -192,7 +192,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         groups = count_groups(trial, state.sample.segments).astype(x.dtype)
         got = Looked(trial, evaluation.loss, scale * evaluation.gradient, groups,
-                     is_success(state.record, state.sample, evaluation, targeted))
+                     is_success(state.record, state.sample, evaluation, point(state), targeted))
         search = advance(state.search, got, state.record.forward_evals == 0,
                          jnp.maximum((low - x) / scale, -params.radius),
                          jnp.minimum((high - x) / scale, params.radius), state.sample.segments,

@@ -155,7 +155,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def step(state: FWnuclState, evaluation) -> FWnuclState:
         zero = jnp.zeros((), state.w.dtype)
         at_iterate = ~state.searching
-        success = is_success(state.record, state.sample, evaluation, targeted)
+        success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         search = advance_line_search(state.search, evaluation.loss)
         search = select(at_iterate, state.search, search)
         trials = jnp.where(state.near, settings.num_trials, 2 * settings.num_trials + 1)

@@ -190,7 +190,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         here, wished = point(state), unclipped(state)
         tuning = state.step >= search_steps  # only there the selection is binary and in budget
         score = jnp.where(tuning, jnp.sum(((here - state.sample.x) / scale) ** 2), jnp.inf)
-        success = tuning & is_success(state.record, state.sample, evaluation, targeted)
+        success = tuning & is_success(state.record, state.sample, evaluation, here, targeted)
         better = success & (score < state.record.score)
         succeeded, ended = state.succeeded | success, state.step >= last_step
         done = (state.run + 1 >= settings.num_searches) | (

@@ -176,7 +176,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     def step(state: PGDState, evaluation) -> PGDState:
         dtype = state.w.dtype
-        success = is_success(state.record, state.sample, evaluation, targeted)
+        success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
         exhausted = ~clean & (state.step == settings.max_steps)
         # Without a random start the clean image is the first iterate; its gradient serves.

@@ -12,7 +12,8 @@ Differs from the reference:
     An image stops at its first success, and the point after the last step is tested too. Of pixels
     with equal scores exactly `num_pixels` stay (the published threshold keeps all). The noise of
     1e-12 that breaks ties is left out. "original" makes all 100 of its steps (there 99). Also defined
-    for targets. Unlike the port in the GSE paper's code, the projection weighs violations of the box (not slack), and every iterate is tested.
+    for targets. Unlike the port in the GSE paper's code, the projection weighs violations of the box (not slack), and
+    every iterate is tested.
 """
 
 import dataclasses
@@ -144,7 +145,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     def step(state: PGD0State, evaluation) -> PGD0State:
         dtype = state.image.dtype
-        success = is_success(state.record, state.sample, evaluation, targeted)
+        success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
         exhausted = ~clean & (state.step == settings.max_steps)
         restart = state.restart + exhausted.astype(jnp.int32)

@@ -11,7 +11,7 @@ References:
 Differs from the reference:
     See `random_search_moves.py`. A patch is the largest square within the budget, not the smallest
     square around it. Unlike the port in the GSE paper's code, colours are random corners (there all
-    perturbed pixels turn black).
+    perturbed pixels turn black), and an untargeted attack lowers the margin (there minus the cross entropy).
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     def step(state: SparseRSState, evaluation) -> SparseRSState:
         sample = state.sample
-        success = is_success(state.record, sample, evaluation, targeted)
+        success = is_success(state.record, sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
         margin = signed_margin(evaluation.logits, wanted_label(sample, targeted), targeted=targeted)
         better = ~clean & ((evaluation.loss < state.loss) | (margin < _MARGIN))

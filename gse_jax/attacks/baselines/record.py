@@ -50,21 +50,21 @@ def start_record(sample: Sample) -> Record:
                   jnp.asarray(RUNNING, jnp.int32), zero, zero)
 
 
-def is_success(record: Record, sample: Sample, evaluation: Evaluation, targeted: bool):
+def is_success(record: Record, sample: Sample, evaluation: Evaluation, point, targeted: bool):
     """Tell whether the evaluated point is an adversarial image made by the attack.
 
     Args:
         record: the record before this evaluation.
         sample: one image.
         evaluation: of the point.
+        point: [H, W, C] the evaluated image.
         targeted: direction.
 
     Returns:
-        [] bool; False for the clean image, whatever its prediction.
+        [] bool; False for the clean image, also where it is evaluated again and rounding turns its prediction.
     """
-    adversarial = is_adversarial(evaluation.logits, wanted_label(sample, targeted),
-                                 targeted=targeted)
-    return adversarial & (record.forward_evals > 0)
+    adversarial = is_adversarial(evaluation.logits, wanted_label(sample, targeted), targeted=targeted)
+    return adversarial & (record.forward_evals > 0) & jnp.any(point != sample.x)
 
 
 def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, over, *,
@@ -89,7 +89,7 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
     adversarial = is_adversarial(evaluation.logits, wanted_label(sample, targeted),
                                  targeted=targeted)
     running = record.status == RUNNING
-    better = running & ~clean & adversarial & (score < record.score)
+    better = running & is_success(record, sample, evaluation, point, targeted) & (score < record.score)
     found = better | jnp.isfinite(record.score)
     finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
     finite &= jnp.all(jnp.isfinite(evaluation.logits))

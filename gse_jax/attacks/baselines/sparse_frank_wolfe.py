@@ -10,10 +10,10 @@ References:
 
 Differs from the reference:
     The budget counts pixels, not values: all channels of a pixel share one entry of the mask. A mix
-    of vertices may touch more than k pixels; then the image with the k largest entries of the mask
-    is what is tested (one more forward pass) and returned. An image stops at its first success. The
-    starting mask is the vertex at the starting perturbation, and both follow the attack's direction
-    (the published code starts targeted attacks as untargeted ones). The vertices of the perturbation lie in the
+    of vertices may touch more than k pixels; then, where that fools the model or no steps are
+    left, the image with the k largest entries of the mask is tested (one more forward pass) and returned.
+    An image stops at its first success. The starting mask is the vertex at the starting perturbation, and both
+    follow the attack's direction (the published code starts targeted attacks as untargeted ones). The vertices of the perturbation lie in the
     image's box (the GSE paper's code moves towards +-eps and clips the image after the step). The number of
     halvings is capped, where the published loop may not end.
 """
@@ -191,7 +191,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def step(state: SAIFState, evaluation) -> SAIFState:
         sample, gradient = state.sample, evaluation.gradient * width
         clean = state.record.forward_evals == 0
-        success = is_success(state.record, sample, evaluation, targeted)
+        success = is_success(state.record, sample, evaluation, point(state), targeted)
         # The starting point: the best perturbation everywhere, and the best mask for it.
         p_start, _ = vertices(sample, gradient, state.p, jnp.ones_like(state.s))
         _, s_start = vertices(sample, gradient, p_start, state.s)

@@ -16,7 +16,8 @@ References:
 
 Differs from the reference:
     The mask is drawn anew after `patience` unchanged iterations of the image itself, not of its
-    batch. A targeted attack succeeds at the target, not at any wrong class. Budgets of the
+    batch. A targeted attack succeeds at the target, not at any wrong class, and climbs its lead over the largest of
+    the others (there over the label, which up to any wrong class is the same). Budgets of the
     structured version are in pixels: as many blocks as surely fit. The starting point can succeed already (there
     it is used for its gradient only, and each of the updates is tested).
 """
@@ -220,10 +221,8 @@ def climbing_loss(logits, sample: Sample, targeted):
     near = logit_gap(logits, sample.y) < _LOW_CONFIDENCE
     if not targeted:
         return jnp.where(near, -logit_gap(logits, sample.y), cross_entropy(logits, sample.y))
-    classes = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    lead = jnp.sum(jnp.where(classes == sample.target, logits, 0.0)
-                   - jnp.where(classes == sample.y, logits, 0.0))
-    return jnp.where(near, lead, -cross_entropy(logits, sample.target))
+    # Of whichever class leads: beyond the first boundary that need not be the label's.
+    return jnp.where(near, logit_gap(logits, sample.target), -cross_entropy(logits, sample.target))
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
@@ -262,7 +261,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         x = state.sample.x
         params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         clean = state.record.forward_evals == 0
-        success = is_success(state.record, state.sample, evaluation, targeted)
+        success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         over = success | (~clean & (state.step >= settings.max_steps))
         gradient = evaluation.gradient * width
         soft = jax.nn.sigmoid(state.scores)

@@ -17,10 +17,11 @@ References:
 
 Differs from the reference:
     The z-step weighs the three copies equally, as in the paper's eq. (15) (the code counts delta
-    twice). Points are clipped into the box before the model sees them, and norms are of the clipped
-    y. An image is not scaled by the size of its batch, as in the GSE paper's code; the retraining
-    step is the original's. Without a success there is no support, and no retraining. The preset "original" has
-    cells of 2 x 2 for images of any size, where the code takes 13 x 13 above 32 pixels: set `cell_size`. Rows and
+    twice). Points are clipped into the box, with its radius (there to the image's range alone), before the model
+    sees them, and norms are of the clipped y. An image is not scaled by the size of its batch, as in the GSE
+    paper's code; the retraining step is the original's, on a support that is fixed for a run (there it shrinks
+    within a run as the best y does), and the bounds on c begin anew before it (in the GSE paper's code they do
+    not). Without a success there is no support, and no retraining. The preset "original" has cells of 2 x 2 for images of any size, where the code takes 13 x 13 above 32 pixels: set `cell_size`. Rows and
     columns that do not fill a cell are thresholded as a smaller one (there left as they are). Two savings change
     results by rounding only: y is tested only where that could change something, so not while it is
     zero or longer than the best one; and the gradient of the margin is zero beyond the boundary, where
@@ -199,6 +200,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return (jnp.maximum((low - sample.x) / scale, -params.radius),
                 jnp.minimum((high - sample.x) / scale, params.radius))
 
+    def clipped(sample: Sample, w):
+        return jnp.clip(sample.x + scale * jnp.clip(w, -hyperparams.radius, hyperparams.radius), low, high)
+
     def init(sample: Sample) -> StrAttackState:
         zero, scalar = jnp.zeros_like(sample.x), jnp.zeros((), sample.x.dtype)
         count = jnp.zeros((), jnp.int32)
@@ -216,7 +220,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def point(state: StrAttackState):
         w = jnp.where(state.testing | retraining(state), state.blocks.y, state.blocks.z)
-        return jnp.clip(state.sample.x + scale * w, low, high)
+        return clipped(state.sample, w)
 
     def loss(state: StrAttackState, logits):
         return margin_loss(logits, wanted_label(state.sample, targeted), targeted=targeted)
@@ -228,7 +232,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         sloped = ~state.testing & (evaluation.loss != 0.0)
         here = point(state)
         score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
-        fools = is_success(state.record, state.sample, evaluation, targeted)
+        fools = is_success(state.record, state.sample, evaluation, here, targeted)
         better = fools & (score < state.record.score)
         best = jnp.where(better, score, state.record.score)
 
@@ -244,7 +248,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             goes_on = (ahead > 0) & ~test_next & (done < length)
             slope = gradient if number == 0 else jnp.zeros_like(gradient)
             moved = admm_step(searched, slope, done, *limits, params, settings.cell_size)
-            candidate = jnp.clip(state.sample.x + scale * moved.y, low, high)
+            candidate = clipped(state.sample, moved.y)
             changed = l2_squared(state.sample, candidate)
             # Of a longer y, or of the clean image, the test would change nothing.
             test_next |= goes_on & (changed > 0.0) & (changed < best) & (

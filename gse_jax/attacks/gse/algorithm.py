@@ -9,7 +9,8 @@ References:
 
 Differs from the reference:
     The published code evaluates the model twice per iteration, the clean gradient once per run, and
-    iterates runs that cannot move (`search.skip_dead_runs`). The results agree.
+    iterates runs that cannot move (`search.skip_dead_runs`). The results agree, but for images that the model
+    misclassifies from the start: there it returns its first iterate, here the clean image comes back.
 """
 
 from typing import NamedTuple
@@ -132,7 +133,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         clean_gradient = jnp.where(clean, gradient, state.clean_gradient)
 
         # How did the run end, if it did?
-        succeeded = ~clean & adversarial & finite
+        # At an image that is not changed only rounding turns the prediction.
+        succeeded = ~clean & adversarial & finite & jnp.any(point(state) != x)
         hopeless, checkpoint = _judged(state, evaluation.loss, settings)
         failed = ~clean & ~succeeded & ((state.iterate.step == settings.max_steps) | hopeless)
         patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)

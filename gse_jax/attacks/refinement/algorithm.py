@@ -26,7 +26,7 @@ from gse_jax.attacks.algorithm import (
     select,
     wanted_label,
 )
-from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, step_to_boundary
+from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, last_digit, step_to_boundary
 from gse_jax.attacks.refinement.settings import moves_of
 from gse_jax.attacks.refinement.supports import power, propose
 from gse_jax.ops import count_clusters, count_patches, is_adversarial, signed_margin
@@ -243,7 +243,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def moved(state: RefineState, here: Anchor, anew, evaluation, params) -> RefineState:
         """Choose the image that is evaluated next."""
         walk, current, x = state.walk, state.current, state.sample.x
-        lower, upper = (low - x) / unit, (high - x) / unit
+        lower = jnp.maximum((low - x) / unit, -params.max_linf)
+        upper = jnp.minimum((high - x) / unit, params.max_linf)
         mask = jnp.any(current.image != x, axis=-1)
         sigma = jnp.asarray(scales, x.dtype)[walk.round % len(scales)]
         proposal = propose(
@@ -257,8 +258,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         is_scale = jnp.asarray([m == "scale" for m in moves])[walk.move] & ~outside
         radius = jnp.minimum(params.max_l2, jnp.where(
             is_scale, current.score[L2] * (1.0 - walk.fraction), jnp.inf))
-        lower = jnp.maximum(lower, -params.max_linf)
-        upper = jnp.minimum(upper, params.max_linf)
 
         base = select(anew, current, here)
         before = (base.image - x) / unit
@@ -268,7 +267,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         off = jnp.where(support[..., None], w, 0.0) - before
         margin = base.margin + jnp.sum(base.gradient * off)
         beyond = params.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
-        w = step_to_boundary(w, base.gradient, margin, support, lower, upper, radius, beyond)
+        w = step_to_boundary(w, base.gradient, margin, support, lower, upper, radius, beyond, last_digit(x, low, high))
         changed = jnp.any(w != 0.0, axis=-1, keepdims=True)
         point = jnp.where(changed, jnp.clip(x + unit * w, low, high), x)
         return state._replace(walk=walk._replace(point=point, support=support, given_up=given_up))
@@ -281,7 +280,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
         here = measured(state, evaluation, params)
         opening = state.evals == 0
-        judged_state, anew = judged(state, here, adversarial, params)
+        # At an image that is not changed only rounding turns the prediction.
+        judged_state, anew = judged(state, here, adversarial & jnp.any(here.image != x), params)
         chosen = select(anew, next_move(judged_state), judged_state)
         state = moved(chosen, here, anew, evaluation, params)
         evals = state.evals + 1

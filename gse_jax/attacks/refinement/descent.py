@@ -50,8 +50,12 @@ def excess_over_caps(images, x, hyperparams, bounds):
     l2, largest = jnp.sqrt((w * w).sum((-3, -2, -1))), abs(w).max((-3, -2, -1))
     excess = jnp.maximum(l2 / hyperparams.max_l2, largest / hyperparams.max_linf) - 1.0
     # Rounding of the norm, and of x + w, which a small cap feels.
-    last_digit = jnp.finfo(w.dtype).eps * max(abs(low), abs(high)) / unit
-    return jnp.where(excess > 1e-5 + last_digit / hyperparams.max_linf, excess, 0.0)
+    return jnp.where(excess > 1e-5 + last_digit(w, low, high) / hyperparams.max_linf, excess, 0.0)
+
+
+def last_digit(x, low, high):
+    """Return the rounding of `x + w` in units of images of range width 2."""
+    return jnp.finfo(x.dtype).eps * max(abs(low), abs(high)) / (0.5 * (high - low))
 
 
 def within_caps(images, x, hyperparams, bounds):
@@ -69,7 +73,7 @@ def within_caps(images, x, hyperparams, bounds):
     return array.where(kept[:, None, None, None], images, x)
 
 
-def step_to_boundary(w, gradient, margin, support, lower, upper, radius, beyond):
+def step_to_boundary(w, gradient, margin, support, lower, upper, radius, beyond, rounding=0.0):
     """Move on the support to where the linearised margin is `-beyond`.
 
     Args:
@@ -81,12 +85,13 @@ def step_to_boundary(w, gradient, margin, support, lower, upper, radius, beyond)
         upper: [H, W, C].
         radius: [].
         beyond: [] >= 0.
+        rounding: by how much `w`, taken from an image, may miss the cap or bound on which it lies.
 
     Returns:
         [H, W, C] inside the caps, zero off the support.
     """
     w = jnp.where(support[..., None], w, 0.0)
-    stuck = ((w <= lower) & (gradient > 0.0)) | ((w >= upper) & (gradient < 0.0))
+    stuck = ((w <= lower + rounding) & (gradient > 0.0)) | ((w >= upper - rounding) & (gradient < 0.0))
     slope = jnp.where(support[..., None] & ~stuck, gradient, 0.0)
     squared = jnp.maximum(jnp.sum(slope * slope), 1e-30)
     # Along -slope the margin falls by sqrt(squared) per unit of length.

@@ -1,0 +1,98 @@
+"""What the attacks promise of single images: caps kept, gradients followed, no success that changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gse_jax
+from gse_jax import Status
+from gse_jax.attacks.algorithm import Evaluation, Sample
+from gse_jax.attacks.baselines.record import is_success, note, start_record
+from gse_jax.attacks.baselines.sparse_projected_gradient_descent import climbing_loss
+from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
+from gse_jax.attacks.gse import GSE
+from gse_jax.attacks.refinement.descent import last_digit, step_to_boundary
+from gse_jax.attacks.segmentation import slic_segments
+from gse_jax.metrics import changed_mask
+from tests.toy_model import linear_logits
+
+
+def two_classes(seed, count):
+    """Images of 8 bits and, for each, a linear model of two classes that a change of all values by 1 leads `reach` down."""
+    rng = np.random.default_rng(seed)
+    kernel = 0.1 * rng.normal(size=16 * 16 * 3).astype("f4")
+    images = np.round(rng.uniform(0.3, 0.7, (count, 16, 16, 3)) * 255).astype("f4") / np.float32(255)
+    kernels = np.stack([kernel, np.zeros_like(kernel)], 1)
+    return kernels, images, float(np.abs(kernel).sum())
+
+
+def leading_by(margin, kernels, image):
+    """Parameters of `linear_logits` with class 0 ahead by this much at the image."""
+    return kernels, np.float32([margin - image.reshape(-1) @ kernels[:, 0], 0.0])
+
+
+def test_steps_reach_the_boundary_with_most_of_the_image_on_its_cap():
+    """Values on a cap are a rounding beside it, once the image is made of them, and must not take part again."""
+    kernels, images, reach = two_classes(0, 4)
+    unit, cap = np.float32(0.5), np.float32(2 * 8 / 255)
+    for x in images:
+        gradient, image = kernels[:, 0].reshape(x.shape) * unit, x
+        needed = 0.9 * cap * unit * reach  # most of what the cap allows
+
+        def margin(image):
+            return needed + ((image - x) / unit * gradient).sum()
+
+        for _ in range(8):  # as many as the refinement takes
+            w = step_to_boundary((image - x) / unit, gradient, margin(image), np.ones((16, 16), bool), -cap, cap, np.inf,
+                                 np.float32(0.001), last_digit(x, 0.0, 1.0))
+            image = np.asarray(x + unit * w)
+        assert margin(image) < 0.0 and np.abs(image - x).max() <= 8 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("radius, status", [(0.1, Status.FOUND), (0.01, Status.NOT_FOUND)])
+def test_strattack_keeps_its_radius(radius, status):
+    """In units of images of range width 2, so that values move by half of it here."""
+    kernels, images, reach = two_classes(1, 2)
+    settings = StrAttackSettings(num_searches=4, max_steps=60, num_retrainings=2)
+    hyperparams = gse_jax.preset("strattack", "cifar10")[1]._replace(radius=radius, c=10.0)
+    for image in images:
+        result = gse_jax.attack(leading_by(0.02 * reach, kernels, image), linear_logits, image[None], np.int32([0]),
+                                method="strattack", settings=settings, hyperparams=hyperparams)
+        assert int(result.status[0]) == status
+        assert np.abs(np.asarray(result.adversarials[0]) - image).max() <= radius / 2 + 1e-6
+
+
+def test_superpixels_of_grey_images_follow_the_image():
+    row, column = np.mgrid[:32, :32]
+    disc = ((row - 15) ** 2 + (column - 16) ** 2 < 64).astype("f4")[None, ..., None]
+    grey, colour = slic_segments(disc, 60), slic_segments(np.repeat(disc, 3, -1), 60)
+    np.testing.assert_array_equal(grey, colour)
+    inside = disc[0, ..., 0] > 0.5
+    assert not set(grey[0][inside]) & set(grey[0][~inside])
+
+
+def test_targeted_sparse_pgd_climbs_over_whichever_class_leads():
+    sample = Sample(jnp.zeros((8, 8, 1)), jnp.int32(0), jnp.int32(1), jnp.int32(0))
+    gradient = jax.grad(lambda z: climbing_loss(z, sample, True))
+    assert gradient(jnp.asarray([2.0, 1.9, 0.0])).tolist() == [-1, 1, 0]  # the label leads, hardly
+    assert gradient(jnp.asarray([1.0, 0.5, 3.0])).tolist() == [0, 1, -1]  # the label is beaten, by the third
+
+
+def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
+    x = jnp.full((8, 8, 3), 0.5, jnp.float32)
+    sample = Sample(x, jnp.int32(0), jnp.int32(-1), jnp.int32(0))
+    said = lambda logits: Evaluation(jnp.asarray(logits, jnp.float32), jnp.float32(0.1), jnp.ones_like(x))
+    right, wrong = said([1.0, 0.9]), said([0.9, 1.0])
+    record = note(start_record(sample), sample, right, x, jnp.float32(0), jnp.zeros((), bool), targeted=False)
+    assert not is_success(record, sample, wrong, x, False) and is_success(record, sample, wrong, 0.9 * x, False)
+    again = note(record, sample, wrong, x, jnp.float32(0), jnp.ones((), bool), targeted=False)
+    assert int(again.status) == Status.NOT_FOUND
+    moved = note(record, sample, wrong, 0.9 * x, jnp.float32(0), jnp.ones((), bool), targeted=False)
+    assert int(moved.status) == Status.FOUND
+    # The same in GSE, whose iterate can be zero again.
+    algorithm = GSE.bind(*gse_jax.preset("gse", "cifar10"), targeted=False, bounds=(0.0, 1.0))
+    state = algorithm.step(algorithm.init(sample), right)
+    state = state._replace(iterate=state.iterate._replace(w=jnp.zeros_like(x)))
+    assert not algorithm.step(state, wrong).search.found
+    assert not np.asarray(changed_mask(x[None], algorithm.query(state)[None])).any()
