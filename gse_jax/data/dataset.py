@@ -53,8 +53,9 @@ def checked_dataset(
         low, high = float(images.min()), float(images.max())  # NaN in the images makes both NaN.
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
-                f"{source}: floating-point images span [{low:g}, {high:g}], expected [0, 1]; "
-                "rescale them, or store 8-bit images as uint8"
+                f"{source}: floating-point images span [{low:.9g}, {high:.9g}], expected [0, 1]; "
+                + ("that is rounding: store images.clip(0, 1)" if low > -1e-5 and high < 1.0 + 1e-5 else
+                   "rescale them, or store 8-bit images as uint8")
             )
     labels, ids = checked_names(len(images), labels, ids, class_names, source)
     return Dataset(to_float(images), labels, ids, tuple(class_names))

@@ -55,10 +55,14 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
 
 def _images_in(folder: Path) -> list[Path]:
     found = []
-    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+    for parent, _, files in sorted(os.walk(folder, onerror=_refuse, followlinks=True)):
         if not any(map(_is_litter, Path(parent).relative_to(folder).parts)):
             found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
     return found
+
+
+def _refuse(error: OSError):
+    raise error  # a class that cannot be listed must not be missing without a word
 
 
 def _is_litter(name: str) -> bool:

@@ -133,7 +133,7 @@ class ImageFiles:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of ids, labels, resize and the files' bytes, which need not be decoded for it."""
+        """Hash of ids, labels, resize and the encoded files, which need not be decoded for it."""
         digest = hashlib.sha256(repr(self._resize).encode())
         for name, label, content in zip(self.ids, self.labels,
                                         self._pool.map(self._hash, range(len(self)))):

@@ -81,14 +81,14 @@ class _Selected(Sequence):
         return self._images[int(self._order[index])]
 
 
-class _Pixels:
-    """The images of a `tfds.data_source`."""
+class _Images:
+    """The images of a `tfds.data_source`, encoded as they are stored: TFDS's own decoding takes colours as they come."""
 
     def __init__(self, records: Any):
         self._records = records
 
     def __getitem__(self, index):
-        return np.asarray(self._records[index]["image"])
+        return self._records[index]["image"]
 
 
 class _Spool:
@@ -157,15 +157,14 @@ def _by_number(tfds, name, split, data_dir):
     features = whole.dataset_info.features
     key = _checked_features(features)
     # Every id must be seen to sort; leaving the images encoded makes that pass cheap.
-    undecoded = records(decoders={"image": tfds.decode.SkipDecoding()})
-
-    def column(name, convert):
-        try:
-            return [convert(undecoded[i][name]) for i in range(len(undecoded))]
-        except ImportError:  # TFDS's own mock encodes its images for this, with TensorFlow.
-            return [convert(whole[i][name]) for i in range(len(whole))]
-
-    return features, _Pixels(whole), column("label", int), column(key, _text) if key else None
+    examples = records(decoders={"image": tfds.decode.SkipDecoding()})
+    try:
+        if len(examples):
+            examples[0]
+    except ImportError:  # TFDS's own mock encodes its images for this, with TensorFlow.
+        examples = whole
+    read = lambda name, convert: [convert(examples[i][name]) for i in range(len(examples))]
+    return features, _Images(examples), read("label", int), read(key, _text) if key else None
 
 
 def _in_sequence(tfds, name, split, data_dir):

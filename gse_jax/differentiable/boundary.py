@@ -146,8 +146,11 @@ def implicit_attack(
         fixed = lax.stop_gradient((params, x))
         adversarials = attack(fixed[0], apply_fn, fixed[1], y, targets=targets, settings=settings,
                               hyperparams=hyperparams, bounds=bounds).adversarials
-    adversarials = jnp.asarray(adversarials, x.dtype)
+    given = jnp.asarray(adversarials)
+    adversarials = given.astype(x.dtype)
     check_adversarials(adversarials, x, goal.bounds)
+    if given.dtype != x.dtype:  # what was stored with other digits is no change
+        adversarials = jnp.where(changed_mask(x, given)[..., None], adversarials, x)
     solve = compiled(_solve, hashable(apply_fn), goal=goal, num_steps=num_steps, implicit=derivative == "implicit")
     return solve(params, x, goal.labels(samples), lax.stop_gradient(adversarials), jnp.asarray(damping, x.dtype))
 

@@ -98,8 +98,8 @@ def sweep(
         targets: [N] int, or None.
         tradeoff: None: every point searches as `gse_jax.attack` does. [G] or [G, N]: one run per
             image at this trade-off, which makes the trade-off an axis of the grid. (In units of
-            each image's largest trade-off it is one too: `GSESettings(num_runs=1)` and an axis
-            `initial_fraction`.)
+            each image's largest trade-off it is one too: with the preset's settings,
+            `dataclasses.replace(settings, num_runs=1, num_boosted_runs=0)`, and an axis `initial_fraction`.)
         settings: GSESettings; None for the preset.
         min_success: smallest success rate of a point in the Pareto set; None for the highest rate
             of the grid, so that no point looks sparse because it gave up on hard images.

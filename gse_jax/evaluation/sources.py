@@ -163,7 +163,7 @@ class Reader:
         if not np.isfinite([low, high]).all():
             raise ValueError("the image holds NaN or infinite pixels")
         if low < bounds[0] or high > bounds[1]:
-            raise ValueError(f"the image has values from {low:g} to {high:g}, expected them inside "
+            raise ValueError(f"the image has values from {low:.9g} to {high:.9g}, expected them inside "
                              f"bounds={tuple(self.bounds)}")
 
     def read_all(self, indices) -> Iterator[Read]:

@@ -82,8 +82,8 @@ def load(
         classes, the widths and the image channels.
       normalize: What the model does to images, `(x - mean) / std`: "half" (0.5, 0.5; the default,
         which suits "digits" and other weights trained on [-1, 1] when `x` is in [0, 1]), "imagenet"
-        (what torchvision's and timm's ImageNet weights were trained with, but for timm's ViT, which
-        wants "half"), "none" (when `x`
+        (what torchvision's and timm's ImageNet weights were trained with, but for most of timm's ViTs, which
+        want "half": see `mean` in the model's config.json), "none" (when `x`
         already is in the range that the weights were trained with), or `(mean, std)`, numbers or
         one number per channel, in the unit of the images.
 

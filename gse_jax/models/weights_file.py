@@ -53,8 +53,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             continue
         if name in tensors:
             raise ValueError(f"weights: {path} holds {name} twice (with and without a prefix)")
-        if array.dtype.kind not in "fV" or not np.isfinite(as_float := array.astype("f4")).all():
-            raise ValueError(f"weights: {path}: {name} ({array.dtype}) must be finite floats")
+        if array.dtype.kind != "f" and array.dtype.name != "bfloat16" or not np.isfinite(as_float := array.astype("f4")).all():
+            raise ValueError(f"weights: {path}: {name} ({array.dtype}) must be finite floats (and bfloat16 in a safetensors file)")
         tensors[name] = as_float
     if not tensors:
         raise ValueError(f"weights: {path} holds no tensors")
@@ -114,7 +114,7 @@ def to_tensors(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
       params: Nested dict of arrays, as returned by `gse_jax.models.load`.
 
     Returns:
-      Contiguous arrays by PyTorch name.
+      Arrays by PyTorch name, views where that suffices.
 
     Raises:
       TypeError: If `params` is not a nested dict of arrays named as by `to_params`.
@@ -136,7 +136,7 @@ def to_tensors(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
                 name = str(key)
             else:
                 raise TypeError(f"params: cannot name {prefix}{key} of shape {array.shape}")
-            tensors[prefix + name] = np.ascontiguousarray(array)
+            tensors[prefix + name] = array
 
     if not isinstance(params, Mapping) or not params:
         raise TypeError(f"params: got {type(params).__name__}, expected a nested dict of arrays")
@@ -160,7 +160,7 @@ def save(path: str | os.PathLike, params: Mapping[Any, Any]) -> None:
     """
     from safetensors import numpy as safetensors
 
-    content = safetensors.save(to_tensors(params))
+    content = safetensors.save({name: np.ascontiguousarray(array) for name, array in to_tensors(params).items()})
     with replacing(Path(path)) as file:
         file.write(content)
 

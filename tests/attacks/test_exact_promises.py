@@ -12,6 +12,7 @@ from gse_jax.attacks.baselines.record import is_success, note, start_record
 from gse_jax.attacks.baselines.sparse_projected_gradient_descent import climbing_loss
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE
+from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.refinement.descent import last_digit, step_to_boundary
 from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.metrics import changed_mask
@@ -96,3 +97,11 @@ def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
     state = state._replace(iterate=state.iterate._replace(w=jnp.zeros_like(x)))
     assert not algorithm.step(state, wrong).search.found
     assert not np.asarray(changed_mask(x[None], algorithm.query(state)[None])).any()
+
+
+def test_boosted_runs_are_told_by_where_they_begin():
+    settings = gse_jax.GSESettings(num_runs=10, num_boosted_runs=3)
+    first = jnp.full(4, 0.3)
+    # The first two are boosted runs; the third lies between two of them, after the second succeeded.
+    tradeoff = first * jnp.asarray([1e-7, 1e-8, 5.5e-8, 0.5])
+    assert is_boosted(tradeoff, first, settings).tolist() == [True, True, False, False]

@@ -1,5 +1,6 @@
 """Image folders and the NIPS 2017 layout: order, labels, resizing, damage, streaming."""
 
+import os
 import struct
 import threading
 import zlib
@@ -64,6 +65,19 @@ def test_a_folder_without_images_leaves_numbers_labels(tmp_path):
     (tmp_path / "10").rename(tmp_path / "20240115123000")
     with pytest.raises(ValueError, match="label 20240115123000 is too large"):
         data.load(f"folder:{tmp_path}")
+
+
+def test_a_class_that_cannot_be_listed_is_not_left_out(folder, monkeypatch):
+    scandir = os.scandir
+
+    def forgetful(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forgetful)
+    with pytest.raises(PermissionError, match="cat"):
+        data.open_source(f"folder:{folder}")
 
 
 def test_a_name_that_is_no_text_is_refused(folder):

@@ -63,6 +63,8 @@ BAD = {
     "label_rank": (dict(x=PIXELS, y=LABELS[:, None, None]), ValueError, r"expected \[N\]"),
     "float_labels": (dict(x=PIXELS, y=LABELS * 1.0), TypeError, r"float64, expected integers"),
     "bool_labels": (dict(x=PIXELS, y=LABELS > 1), TypeError, r"bool, expected integers"),
+    "rounding": (dict(x=PIXELS / np.float32(PIXELS.max()) * np.float32(1.000001), y=LABELS), ValueError,
+                 r"span \[0\.?\d*, 1\.0000\d*\], expected \[0, 1\]; that is rounding: store images.clip"),
     "negative_label": (dict(x=PIXELS, y=LABELS - 1), ValueError, r"span -1 to 2"),
     "huge_label": (dict(x=PIXELS, y=LABELS + 2**31), ValueError, r"int32"),
     "length": (dict(x=PIXELS, y=LABELS[:4]), ValueError, r"x \(5, 4, 6, 3\), y \(4,\)"),

@@ -99,3 +99,15 @@ def test_errors_are_one_line(folder, source, error, message):
     with pytest.raises(error, match=message) as caught:
         data.load(source, data_dir=folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_colours_are_those_of_the_file_not_of_its_palette(tmp_path):
+    """TFDS's decoder takes a palette's numbers for grey values, and CMYK for RGBA."""
+    red = image_module.fromarray(np.full((8, 10, 3), (200, 30, 30), np.uint8))
+    red.convert("P", palette=image_module.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    rows = [(i, {"image": str(tmp_path / name), "label": 0}) for i, name in enumerate(("palette.png", "cmyk.jpg"))]
+    label = tfds.features.ClassLabel(names=["red"])
+    prepare(str(tmp_path), "colours", {"image": tfds.features.Image(), "label": label}, rows)
+    images = data.load("tfds:colours:test", data_dir=str(tmp_path)).images
+    np.testing.assert_allclose(images, np.broadcast_to(np.float32([200, 30, 30]) / 255, images.shape), atol=0.02)

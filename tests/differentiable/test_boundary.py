@@ -185,3 +185,12 @@ def test_a_solution_on_a_kink_has_a_large_residual():
     adversarials = jnp.asarray(golden()["untargeted/adv"])
     residual = np.asarray(solve(params, apply_fn, x, y, adversarials).residual)
     assert (residual > 1e-3).any() and (residual < 1e-8).any()
+
+
+def test_adversarials_stored_with_fewer_digits_change_what_they_changed(curved):
+    """What float32 makes of a float64 image is no change."""
+    *model, given = curved
+    exact = solve(*model, given)
+    assert exact.support.any() and not exact.support.all()
+    for kind in ("f4", "f2"):
+        np.testing.assert_array_equal(solve(*model, np.asarray(given).astype(kind)).support, exact.support)

@@ -136,7 +136,14 @@ def cut(path, save):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def bfloat16_npz(path):
+    """NumPy stores it as two bytes of no kind."""
+    with open(path, "wb") as file:
+        np.savez(file, **{name: np.asarray(jnp.asarray(a, jnp.bfloat16)) for name, a in TENSORS.items()})
+
+
 DAMAGED = {
+    "npz_bfloat16": (bfloat16_npz, r"must be finite floats \(and bfloat16 in a safetensors file\)"),
     "html": (lambda p: p.write_bytes(b"\n<!DOCTYPE html><p>404</p>"), r"is an HTML page"),
     "lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), r"LFS"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({})), r"is a PyTorch pickle"),

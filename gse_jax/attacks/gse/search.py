@@ -4,6 +4,7 @@ References:
     arXiv 2311.17434, appendix (section search for lambda).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -85,21 +86,22 @@ def is_boosted(tradeoff, first, settings):
     """Tell from its initial trade-off whether a successful run took larger steps.
 
     A boosted run begins where all runs before it failed, so at `first * 0.1^r` with r at least
-    `num_runs - num_boosted_runs`; every other successful run begins higher (after up to four boosted
-    runs by more than the 0.1 % allowed here for rounding).
+    `num_runs - num_boosted_runs`; every other successful run begins higher, or between such powers.
 
     Args:
-        tradeoff: [] initial trade-off of a run that succeeded.
-        first: [] initial trade-off of the search.
+        tradeoff: [...] initial trade-off of a run that succeeded.
+        first: [...] initial trade-off of the search.
         settings: GSESettings.
 
     Returns:
-        [] bool.
+        [...] bool.
     """
     if settings.num_boosted_runs == 0:
-        return jnp.zeros((), bool)
+        return jnp.zeros(tradeoff.shape, bool)
     failures = max(0, settings.num_runs - settings.num_boosted_runs)
-    return tradeoff <= first * (0.1**failures * 1.001)
+    begins = [first * 0.1**run for run in range(failures, settings.num_runs)]
+    near = [jnp.abs(tradeoff - begin) <= 1e-3 * begin for begin in begins]  # for rounding
+    return functools.reduce(jnp.logical_or, near)
 
 
 def skip_dead_runs(search: Search, largest_gradient, settings, hyperparams) -> Search:
