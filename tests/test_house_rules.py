@@ -17,7 +17,7 @@ EDGES = {
     "ops": {"ops", "types"},
     "attacks": {"attacks", "ops", "types", "devices"},
     "metrics": {"metrics", "ops", "types"},
-    "differentiable": {"differentiable", "attacks", "metrics", "ops", "types"},
+    "differentiable": {"differentiable", "attacks", "metrics", "ops", "types", "devices"},
     "models": {"models", "data", "types"},
     "data": {"data", "types"},
     "report": {"report", "types"},

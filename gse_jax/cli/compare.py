@@ -98,17 +98,20 @@ def _pareto(args):
             print(f"{method} ...", flush=True)
             return stack.enter_context(evaluation.display(interval=10.0))
 
+        def write(front):  # a later failure must not take the front with it
+            with replacing(folder / "front.npz") as file:
+                np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})
+            return report.write_table(front.rows(), folder / "front", left=1)
+
         front = evaluation.pareto(
             params, apply_fn, images.images, images.labels, targets=targets, max_l2=caps,
             methods=None if args.methods == "all" else args.methods.split(","), key=args.seed,
-            lanes=args.lanes, progress=progress)
-    written = report.write_table(front.rows(), folder / "front", left=1)
+            lanes=args.lanes, progress=progress, on_front=write)
+    written = write(front)
     names = np.asarray(front.methods)
     choose = lambda values: {name: values[names == name] for name in dict.fromkeys(front.methods)}
     figure = report.front_plot(choose(front.means), choose(front.success_rate == 1.0))
     written += report.save_figure(figure, folder / "front")
-    with replacing(folder / "front.npz") as file:
-        np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})
     print(written[1].read_text(encoding="utf-8"))
     print("an image that a cap leaves without success keeps that of the next larger cap: 'within the cap' "
           "is without those")

@@ -130,8 +130,9 @@ def _verify(args):
     for problem in result.problems[:20]:
         print(f"problem: {problem}")
     if not result.ok:
-        raise ValueError(f"verification found {result.num_problems} problems; all are in "
-                         f"{result.path}")
+        where = (f"up to a thousand are in {result.path}" if result.path else
+                 "the first 20 are above; the run's directory cannot be written to")
+        raise ValueError(f"verification found {result.num_problems} problems; {where}")
     if any(case.attacked for case in result.cases.values()):
         print("verified: every success holds in a fresh forward pass")
     else:

@@ -101,6 +101,7 @@ def resolve(plan: Plan, image_shape, num_classes: int, ids) -> tuple[Group, ...]
         ValueError: for an unknown method, preset or field, an offset that is a multiple of K, a
             bad target file, or two cases of one name.
         FileNotFoundError: if there is no such target file.
+        ImportError: if scikit-image is missing for a method with superpixels.
     """
     groups = tuple(_group(attack, image_shape, num_classes, ids) for attack in plan.attacks)
     names = [case.name for group in groups for case in group.cases]
@@ -122,6 +123,9 @@ def _group(attack: AttackPlan, image_shape, num_classes, ids) -> Group:
         name: as_tuple(value) for name, value in attack.settings.items()})
     hyperparams = hyperparams._replace(**{k: float(v) for k, v in attack.hyperparams.items()})
     method.check(settings, hyperparams, tuple(image_shape))
+    if method.segment is not None:
+        # Without images: whether scikit-image is there, if these settings need it.
+        method.segment(settings, np.zeros((0, *image_shape), np.float32))
     name = attack.name or attack.method
     cases: tuple[Case, ...]
     if attack.target_file:

@@ -137,7 +137,7 @@ def _row(method, run, budgets):
             "d_2,0": numbers.patch_count.mean, "gradients": numbers.gradient_evals.mean,
             "forwards": numbers.forward_evals.mean,
             "s/image": run.about["seconds"] / max(numbers.num_attacked, 1),
-            **{f"ASR@{k}": float(rate) for k, rate in zip(budgets, rates)}}
+            **{f"ASR@{k}": float(rate) if numbers.num_attacked else None for k, rate in zip(budgets, rates)}}
 
 
 def _targeted_rows(method, runs):
@@ -152,7 +152,7 @@ def _targeted_rows(method, runs):
     spent = {name: sum(int(getattr(run, field).sum()) for run in runs) / pairs
              for name, field in (("gradients", "gradient_evals"), ("forwards", "forward_evals"))}
     seconds = sum(run.about["seconds"] for run in runs) / pairs
-    return tuple({"attack": method, "over targets": kind, "attacked": int(attacked[0].sum()),
+    return tuple({"attack": method, "over targets": kind, "attacked": getattr(cases["ACP"], kind).total,
                   "ASR": getattr(cases["ACP"], kind).success_rate,
                   **{name: getattr(case, kind).metric.mean for name, case in cases.items()},
                   **spent, "s/image": seconds} for kind in ("best", "average", "worst"))

@@ -198,9 +198,9 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 entry = json.loads(line)
-                checksum = entry.pop("checksum")
-            except (ValueError, KeyError, AttributeError, TypeError):
+                # Python's JSON keeps the order of keys and every bit of a float.
+                valid = entry.pop("checksum") == f"{zlib.crc32(_canonical(entry).encode()):08x}"
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 continue
-            # Python's JSON keeps the order of keys and every bit of a float.
-            if checksum == f"{zlib.crc32(_canonical(entry).encode()):08x}":
+            if valid:
                 yield entry

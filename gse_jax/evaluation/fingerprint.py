@@ -16,7 +16,7 @@ import numpy as np
 import gse_jax
 from gse_jax.evaluation.cases import Group
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "flax")
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "pillow", "scikit-image")
 # These take part in the numbers; another major version stops a resume.
 _DECISIVE = ("gse_jax", "jax")
 

@@ -72,7 +72,8 @@ class Front(NamedTuple):
 
 def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | None = None,
            max_l2: Sequence[float] = CAPS, domain: str | None = None, bounds=(0.0, 1.0), key=None,
-           lanes: int | None = None, progress: Callable[[str], Any] | None = None) -> Front:
+           lanes: int | None = None, progress: Callable[[str], Any] | None = None,
+           on_front: Callable[[Front], Any] | None = None) -> Front:
     """Attack the same images with many attacks, and with `gse_refined` under several l2 caps.
 
     Args:
@@ -90,6 +91,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
         key: as in `gse_jax.attack`.
         lanes: as in `gse_jax.attack`.
         progress: name of the attack that begins -> the `progress` function of `gse_jax.attack`.
+        on_front: called after every point with the Front so far, e.g. to store it.
 
     Returns:
         Front.
@@ -119,6 +121,8 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
             if name == "gse_refined" and points and points[-1][0] == name:
                 point = _completed(point, points[-1][2])
             points.append((name, cap, point))
+            if on_front is not None:
+                on_front(_front(points))
     return _front(points)
 
 

@@ -19,6 +19,7 @@ A plan file is TOML or JSON with the fields of `Plan`:
 
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -194,6 +195,10 @@ def _checked(kind, values, where):
 def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (range, set, frozenset, np.ndarray)):
+        value = tuple(value) if not isinstance(value, (set, frozenset)) else tuple(sorted(value))
     if isinstance(value, (tuple, list)):
         return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
     if isinstance(value, AttackPlan):

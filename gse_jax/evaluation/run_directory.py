@@ -85,7 +85,7 @@ class Run:
             lines.append(f"{len(quarantined)} samples could not be used and are quarantined")
         if not self.complete:
             lines.append(f"incomplete: {len(self.records)} of {self.total} records")
-        return lines
+        return list(dict.fromkeys(lines))  # those of every shard and every resume once
 
     def images(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return the images of a record.

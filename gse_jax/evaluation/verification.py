@@ -5,6 +5,7 @@ References:
     the adversarial examples).
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -241,5 +242,7 @@ def _save(run: Run, verification: Verification, entries: int) -> Path | None:
     try:
         write_file(run.path / name, lambda file: file.write(content))
     except StoreError:
+        with contextlib.suppress(OSError):  # on a full disk: what was found before no longer holds
+            (run.path / name).unlink()
         return None  # Others' runs can be verified where one may only read.
     return run.path / name

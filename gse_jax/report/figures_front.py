@@ -57,7 +57,9 @@ def _draw(axes, rows, complete, column, name, style):
     if len(rows) == 1:
         style = {**style, "linestyle": "none", "markersize": 4}
         del style["dashes"]
-    if not complete.all():
+    if not known.any():
+        name += " (no success)"
+    elif not complete.all():
         name += " (hollow: ASR < 1)" if complete.any() else " (ASR < 1)"
     (line,) = axes.plot(rows[order, 2], rows[order, column], label=name, **style)
     if not complete.all():  # white over the markers of points with a miss

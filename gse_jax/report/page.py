@@ -219,7 +219,7 @@ def _section(key):
 
 def _flatten(value, prefix):
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = {str(item.get("name", number)): item for number, item in enumerate(value)}
+        value = {str(item.get("name") or number): item for number, item in enumerate(value)}
     if isinstance(value, dict) and value:
         return {key: leaf for name, inner in value.items()
                 for key, leaf in _flatten(inner, f"{prefix}.{name}").items()}

@@ -60,6 +60,9 @@ def write_tables(runs, folder):
         content |= {"targeted.csv": _csv(_targeted_columns(targeted)),
                     "targeted.md": _markdown(_targeted_cells(targeted)),
                     "targeted.tex": _latex(_targeted_cells(targeted, latex=True), left=4)}
+    else:  # those of other runs that were reported here
+        for suffix in ("csv", "md", "tex"):
+            (folder / f"targeted.{suffix}").unlink(missing_ok=True)
     content["images.csv"] = _csv([
         {"run": run.name, **{field: record.get(field) for field in _FIELDS}}
         for run in runs for record in run.records])

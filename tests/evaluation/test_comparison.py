@@ -8,7 +8,8 @@ import pytest
 
 import gse_jax
 from gse_jax import metrics, report
-from gse_jax.evaluation import compare, pareto
+from gse_jax.evaluation import AttackPlan, Plan, compare, pareto
+from gse_jax.evaluation.cases import resolve
 from gse_jax.evaluation.comparison import configurations_of
 from tests.toy_model import toy
 
@@ -104,3 +105,6 @@ def test_without_scikit_image_it_ends_before_anything_runs(monkeypatch):
         with pytest.raises(ImportError, match="baselines"):
             call(methods=("pgd", "sapf"), bounds=(-1.0, 1.0), progress=ran.append)
     assert not ran
+    # A plan too, whose other attacks would else run for a night first.
+    with pytest.raises(ImportError, match="baselines"):
+        resolve(Plan(attacks=(AttackPlan(), AttackPlan(method="sapf"))), (32, 32, 3), 10, ["a"])

@@ -101,3 +101,13 @@ def test_a_file_is_written_once_also_where_there_are_no_hard_links(tmp_path, mon
     assert write_file(path, lambda file: file.write(b"old"), exclusive=True)
     assert not write_file(path, lambda file: file.write(b"new"), exclusive=True)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("line", [b'{"a":NaN,"checksum":"0"}', b'{"a":1e999,"checksum":"0"}', b"[" * 100_000,
+                                  b'{"a":' + b"[" * 800 + b"]" * 800 + b',"checksum":"0"}'])
+def test_a_damaged_line_that_is_json_is_dropped_too(tmp_path, line):
+    path = tmp_path / "journal.jsonl"
+    written(path, ENTRIES[:2])
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + b"\n" + second)
+    assert list(read_journal(path)) == ENTRIES[:2]

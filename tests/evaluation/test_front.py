@@ -18,9 +18,13 @@ BOUNDS = (-1.0, 1.0)
 def front():
     params, apply_fn, x, y = toy(np.float32)
     y = y.at[1].set((y[1] + 1) % 5)  # misclassified: not attacked
-    caps = (math.inf, 2.0, 0.02)  # the last is too small for most
-    return x, gse_jax.pareto(params, apply_fn, x, y, methods=("gse_refined", "pgd"), max_l2=caps,
-                             bounds=BOUNDS)
+    caps, seen = (math.inf, 2.0, 0.02), []  # the last is too small for most
+    points = gse_jax.pareto(params, apply_fn, x, y, methods=("gse_refined", "pgd"), max_l2=caps,
+                            bounds=BOUNDS, on_front=seen.append)
+    # Told after every point, so that a later failure takes nothing with it.
+    assert [len(one.methods) for one in seen] == [1, 2, 3, 4] and len(seen[0].rows()) == 1
+    np.testing.assert_array_equal(seen[2].means, points.means[:3])
+    return x, points
 
 
 def test_points_are_the_attacks_and_caps(front):
@@ -78,6 +82,13 @@ def test_rows_and_figure(front, tmp_path):
     curve = panel.lines[0].get_xdata()
     assert (np.diff(curve) >= 0).all()
     assert report.save_figure(figure, tmp_path / "front")[0].stat().st_size > 5000
+
+
+def test_an_attack_without_success_is_said_to_have_none():
+    nothing = np.full((1, 4), np.nan)
+    figure = report.front_plot({"fwnucl": nothing, "gse": np.float32([[20, 2, 0.7, 60]])},
+                               {"fwnucl": [False], "gse": [True]})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fwnucl (no success)", "gse"]
 
 
 def test_wrong_arguments_are_refused_before_anything_runs():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,14 @@ EXPECTED = Plan(data="digits", model="resnet20", weights="digits", limit=7,
                 attacks=(AttackPlan(), AttackPlan(name="few", offsets=(1, 3),
                                                   settings={"num_runs": 2},
                                                   hyperparams={"mu": 2})))
+
+
+def test_what_python_users_write_becomes_what_a_manifest_holds():
+    plan = Plan(weights=Path("net.safetensors"), bounds=np.asarray([0.0, 1.0]),
+                attacks=(AttackPlan(offsets=range(1, 4)), AttackPlan(name="b", offsets={5, 4})))
+    assert plan.weights == "net.safetensors" and plan.bounds == (0.0, 1.0)
+    assert [attack.offsets for attack in plan.attacks] == [(1, 2, 3), (4, 5)]
+    assert Plan.from_dict(plan.to_dict()) == plan
 
 
 def test_toml_json_and_python_say_the_same(tmp_path):

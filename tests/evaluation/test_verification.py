@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from gse_jax.evaluation import MismatchError, evaluate, open_run, verify
-from gse_jax.evaluation import verification
-from gse_jax.evaluation.durable import Journal
+from gse_jax import evaluation
+from gse_jax.cli import main
+from gse_jax.evaluation import MismatchError, evaluate, open_run, verification, verify
+from gse_jax.evaluation.durable import Journal, StoreError
 from gse_jax.evaluation.store import count_entries
 from gse_jax.evaluation.verification import quantized
 from tests.evaluation.small_run import PLAN, dataset, model
@@ -143,6 +144,20 @@ def test_after_eight_bits_small_perturbations_are_lost_and_told(run_dir, whole):
     lost = sum(case.claimed - case.confirmed for case in result.cases.values())
     assert result.num_problems == lost
     assert all("after rounding to 8 bits" in problem for problem in result.problems)
+
+
+def test_what_cannot_be_written_does_not_leave_an_older_verdict(run_dir, monkeypatch, capsys):
+    assert verify(run_dir, model=model()).ok and (run_dir / "verification.json").is_file()
+
+    def full(*_):
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(verification, "write_file", full)
+    result = verify(run_dir, model=model())
+    assert result.path is None and not (run_dir / "verification.json").exists()
+    monkeypatch.setattr(evaluation, "verify", lambda *_, **__: result._replace(num_problems=1, problems=["bad"]))
+    assert main(["verify", str(run_dir)]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_the_eight_bit_grid():

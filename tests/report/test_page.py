@@ -12,6 +12,7 @@ import pytest
 from tests.report.small_runs import SmallRun, record, run, untargeted
 
 from gse_jax import report
+from gse_jax.report.page import _flatten
 from gse_jax.report import gallery
 
 VOID = {"meta", "link", "img", "br"}
@@ -277,3 +278,9 @@ def test_tables_sort_and_images_filter_in_a_browser(tmp_path):
     assert result["focusable"] and not result["wide"] and result["requests"] == []
     assert set(result["visible"]) == {"not_found"}
     assert result["said"] == f"{len(result['visible'])} shown"
+
+
+def test_details_tell_unnamed_attacks_of_a_plan_apart():
+    rows = _flatten([{"name": "", "method": "gse"}, {"name": "", "method": "pgd0"}, {"name": "few", "method": "gse"}], "attacks")
+    assert {key: value for key, value in rows.items() if key.endswith("method")} == {
+        "attacks.0.method": "gse", "attacks.1.method": "pgd0", "attacks.few.method": "gse"}

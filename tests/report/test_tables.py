@@ -8,7 +8,7 @@ from tests.report.small_runs import SmallRun, record, run, targeted, untargeted
 
 from gse_jax import metrics, report
 from gse_jax.report import summary
-from gse_jax.report.tables import show_number
+from gse_jax.report.tables import show_number, write_tables
 
 
 def test_case_numbers_by_hand():
@@ -136,3 +136,10 @@ def test_tables_are_deterministic(tmp_path):
         report.write_tables([run("x"), run("y")], tmp_path / folder)
     for one in (tmp_path / "a").iterdir():
         assert one.read_bytes() == (tmp_path / "b" / one.name).read_bytes()
+
+
+def test_targeted_tables_of_another_run_do_not_stay(tmp_path):
+    write_tables([SmallRun("two", targeted())], tmp_path)
+    assert (tmp_path / "targeted.tex").is_file()
+    write_tables([SmallRun("one", untargeted())], tmp_path)
+    assert not list(tmp_path.glob("targeted.*"))
