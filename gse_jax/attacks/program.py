@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from gse_jax.attacks import cuda
 from gse_jax.attacks.algorithm import Algorithm, Bind, Sample
 from gse_jax.attacks.lanes import Queue, drain, evaluate, first_lanes
-from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import multiplying
 from gse_jax.types import ApplyFn
 
@@ -56,7 +55,7 @@ class Program:
                          key=key)
 
     def drain(self, params, hyperparams, key, lanes, queue, parked=None, *, capacity,
-              max_iterations=None, loop=while_loop):
+              max_iterations=None):
         """Run `lanes.drain` for this attack and model; see there."""
         algorithm = self.algorithm(hyperparams, key)
 
@@ -70,7 +69,7 @@ class Program:
 
             evaluate_fn = canonical_convolutions(evaluate_fn)
         return drain(algorithm, functools.partial(evaluate_fn, params), lanes, queue, parked,
-                     capacity=capacity, max_iterations=max_iterations, loop=loop)
+                     capacity=capacity, max_iterations=max_iterations)
 
 
 class _SameParts:

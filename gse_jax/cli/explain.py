@@ -1,5 +1,6 @@
 """`gse-jax explain`: panels, curves and a table for a finished run."""
 
+import csv
 from pathlib import Path
 
 from gse_jax.cli import options, output
@@ -42,12 +43,11 @@ def _explain(args):
     written = [*output.draw_panel(run, folder / "panels", args.panels, heat_maps),
                *_draw_curves(run, explanation, folder)]
     rows = output.table(run) + _explanation_rows(explanation)
-    csv = folder / "table.csv"
-    csv.write_text("".join(f'"{name}","{value}"\n'
-                           for name, value in [("metric", "value"),
-                                                                        *rows]), encoding="utf-8")
+    path = folder / "table.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("metric", "value"), *rows])
     output.print_table(rows, "explanation")
-    print("written: " + ", ".join(str(p) for p in (*written, csv)))
+    print("written: " + ", ".join(str(p) for p in (*written, path)))
 
 
 def _draw_curves(run, explanation, folder):

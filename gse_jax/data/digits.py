@@ -30,15 +30,12 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> Dataset
 
     Raises:
       ValueError: If there is no such split.
-      ImportError: If scikit-learn is not installed.
     """
     del data_dir  # Unused: the images are inside scikit-learn.
     if rest not in ("", "test", "train"):
         raise ValueError(f"source: digits has no split {rest!r}, expected test or train")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("source: digits needs scikit-learn: pip install scikit-learn") from None
+    from sklearn.datasets import load_digits  # when needed: it takes long
+
     images, labels = load_digits(return_X_y=True)
     test = positions_of_test(labels)
     chosen = np.setdiff1d(np.arange(len(labels)), test) if rest == "train" else test

@@ -97,7 +97,6 @@ class ImageFiles:
     def __init__(self, files: Sequence[Path | bytes | np.ndarray], labels: Sequence[int],
                  ids: Sequence[str], class_names: Sequence[str], resize: Resize, source: str,
                  channels: int = 3):
-        _require_pillow(source)
         unnamed = next((name for name in ids if not _is_text(name)), None)
         if unnamed is not None:
             raise ValueError(f"source: {source}: the file name {ascii(unnamed)} is not UTF-8; rename it")
@@ -209,13 +208,6 @@ class ImageFiles:
         for position in wanted:
             if position not in self._ahead:
                 self._ahead[position] = self._submit(position)
-
-
-def _require_pillow(source: str) -> None:
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise ImportError(f"source: {source} needs Pillow: pip install pillow") from None
 
 
 def _opened(content: Path | bytes | np.ndarray) -> Any:

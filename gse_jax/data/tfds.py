@@ -49,7 +49,6 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
         or an option wrong.
       FileNotFoundError: If the set is not prepared, or not as array_record and TensorFlow is not
         installed.
-      ImportError: If tensorflow-datasets or Pillow is not installed.
     """
     text, options = split_options(rest, OPTIONS)
     resize, match = resize_from_options(options), _NAME_AND_SPLIT.fullmatch(text)
@@ -113,12 +112,8 @@ class _Spool:
 def _open(name: str, split: str, data_dir: str | None,
           source: str) -> tuple[Any, Any, list[int], list[str] | None]:
     """Return features, images by position, labels, and ids where the set has them."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise ImportError(
-            f"source: {source} needs tensorflow-datasets: pip install tensorflow-datasets pillow"
-        ) from None
+    import tensorflow_datasets as tfds  # when needed: it takes long
+
     try:
         try:
             return _by_number(tfds, name, split, data_dir)

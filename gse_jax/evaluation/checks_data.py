@@ -1,6 +1,5 @@
 """Pre-flight checks of what can be judged without asking the model: shapes, values, accuracy."""
 
-from math import lgamma, log
 from typing import NamedTuple
 
 import jax
@@ -206,9 +205,9 @@ def check_accuracy(predictions, y, classes, expected):
 
 def _tail(hits, count, p):
     """Probability of at least `hits` successes in `count` trials of probability p."""
-    k = np.arange(hits, count + 1)
-    choose = lgamma(count + 1) - np.array([lgamma(i + 1) + lgamma(count - i + 1) for i in k])
-    return float(np.exp(choose + k * log(p) + (count - k) * log(1 - p)).sum())
+    from scipy.stats import binom  # when needed
+
+    return float(binom.sf(hits - 1, count, p))
 
 
 def share_of(mask):

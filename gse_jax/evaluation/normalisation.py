@@ -8,7 +8,6 @@ the usual mistakes can be tried without looking into `apply_fn`:
 - `apply_fn` normalises by the rule of another checkpoint.
 """
 
-from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -166,5 +165,6 @@ def _affine(rule, channels):
 
 def _sign_test(won, lost):
     """Probability of at least so many wins among as many fair coin tosses."""
-    total = won + lost
-    return sum(comb(total, k) for k in range(won, total + 1)) / 2**total
+    from scipy.stats import binom  # when needed
+
+    return float(binom.sf(won - 1, won + lost, 0.5))

@@ -1,6 +1,6 @@
 """Arrays and records -> figures, tables and a page. Imports only `gse_jax.types`.
 
-matplotlib and jinja2 (extra `[report]`) are imported when first used.
+matplotlib and jinja2 are imported when first used.
 """
 
 from gse_jax.report.figures import save_figure

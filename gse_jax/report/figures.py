@@ -53,17 +53,12 @@ def drawing_style():
     Yields:
         The imported matplotlib module.
 
-    Raises:
-        ImportError: if matplotlib is missing; the message names the extra that brings it.
-
     References:
         None.
     """
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'gse-jax[report]'") from error
+    import matplotlib  # when needed: it takes long
+    import matplotlib.figure
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -104,7 +99,6 @@ def save_figure(figure, path_stem, *, dpi=300):
         (path of the PNG, path of the PDF).
 
     Raises:
-        ImportError: if matplotlib is missing.
         OSError: if the files cannot be written.
 
     References:

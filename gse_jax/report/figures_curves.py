@@ -28,7 +28,6 @@ def interpretability_curves(percentiles, scores, *, width=COLUMN_WIDTH):
 
     Raises:
         ValueError: if there is no method, or an array does not fit the percentiles.
-        ImportError: if matplotlib is missing.
 
     References:
         arXiv 1808.01664 (IS); arXiv 2311.17434.
@@ -76,7 +75,6 @@ def success_curves(budgets, rates, *, xlabel="changed pixels k", logarithmic=Fal
     Raises:
         ValueError: if there is no method, an array does not fit the budgets, or a logarithmic
             axis is asked for without a positive budget.
-        ImportError: if matplotlib is missing.
 
     References:
         arXiv 2006.12834; arXiv 2402.01879.
@@ -118,7 +116,6 @@ def distribution_plots(samples, *, width=COLUMN_WIDTH):
 
     Raises:
         ValueError: if there is no metric or method, or the metrics list different methods.
-        ImportError: if matplotlib is missing.
 
     References:
         arXiv 2311.17434 (ACP, ANC, d_{2,0}).

@@ -25,7 +25,6 @@ def front_plot(means, complete, *, width=2 * COLUMN_WIDTH):
 
     Raises:
         ValueError: if there is no method, or an array does not have four columns.
-        ImportError: if matplotlib is missing.
     """
     if not means:
         raise ValueError("there is nothing to draw")

@@ -80,7 +80,6 @@ def attack_panel(
 
     Raises:
         ValueError: if N is 0 or shapes do not match.
-        ImportError: if matplotlib is missing.
 
     References:
         arXiv 2311.17434.

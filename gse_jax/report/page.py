@@ -54,17 +54,14 @@ def write_page(runs, path, *, num_images=None):
         The path.
 
     Raises:
-        ImportError: if jinja2 is missing; the message names the extra that brings it.
         ValueError: if there is no run, two have one name, or a record has an unknown status.
         OSError: if the file cannot be written.
 
     References:
         arXiv 2311.17434.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("the report page needs jinja2: pip install 'gse-jax[report]'") from error
+    import jinja2  # when needed
+
     require_runs(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,

@@ -5,8 +5,7 @@ References:
 """
 
 import base64
-import struct
-import zlib
+import io
 
 import numpy as np
 
@@ -83,18 +82,8 @@ def png_data_uri(tile):
     References:
         PNG specification, W3C (third edition).
     """
-    pixels = np.round(np.asarray(tile) * 255).astype(np.uint8)
-    height, width, _ = pixels.shape
-    # Every row starts with its filter byte; 2 ("up") is the smallest for most photographs.
-    above = np.concatenate([np.zeros_like(pixels[:1]), pixels[:-1]])
-    rows = np.concatenate([np.full((height, 1), 2, np.uint8),
-                           (pixels - above).reshape(height, -1)], axis=1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB.
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        _chunk(kind, data) for kind, data in
-        ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")))
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    from PIL import Image  # when needed
 
-
-def _chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    content = io.BytesIO()
+    Image.fromarray(np.round(np.asarray(tile) * 255).astype(np.uint8)).save(content, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -33,7 +33,6 @@ class Row(NamedTuple):
 
     Attributes:
         settings: short settings, so that the table runs quickly.
-        targeted: whether the method is defined for targets.
         planted: settings for the image of `backdoor`, None where its group is no perturbation of
             the method's kind.
         planted_hyperparams: what differs from the preset there: with the paper's mu = 1 GSE's l2
@@ -42,62 +41,55 @@ class Row(NamedTuple):
     """
 
     settings: Any
-    targeted: bool
     planted: Any = None
     planted_hyperparams: dict[str, float] = {}
 
 
 TABLE = {
     # As in `test_engine.py`: some programs are the same.
-    "gse": Row(gse_jax.GSESettings(num_runs=6, max_steps=40, phase1_steps=20), targeted=True,
+    "gse": Row(gse_jax.GSESettings(num_runs=6, max_steps=40, phase1_steps=20),
                planted=gse_jax.GSESettings(), planted_hyperparams={"mu": 0.1}),
     "gse_refined": Row(GSERefinedSettings(num_runs=4, max_steps=20, phase1_steps=8, max_evals=60),
-                       targeted=True, planted=GSERefinedSettings(),
-                       planted_hyperparams={"mu": 0.1}),
-    "pgd": Row(PGDSettings(max_steps=20, num_restarts=2), targeted=True),
-    "pgd l2": Row(PGDSettings(norm="l2", max_steps=20, random_start=False), targeted=True),
-    "sigma_zero": Row(SigmaZeroSettings(max_steps=40), targeted=True,
+                       planted=GSERefinedSettings(), planted_hyperparams={"mu": 0.1}),
+    "pgd": Row(PGDSettings(max_steps=20, num_restarts=2)),
+    "pgd l2": Row(PGDSettings(norm="l2", max_steps=20, random_start=False)),
+    "sigma_zero": Row(SigmaZeroSettings(max_steps=40),
                       planted=SigmaZeroSettings(max_steps=200)),
-    "pgd0": Row(PGD0Settings(num_pixels=12, max_steps=10, num_restarts=2), targeted=True,
+    "pgd0": Row(PGD0Settings(num_pixels=12, max_steps=10, num_restarts=2),
                 planted=PGD0Settings(num_pixels=8)),
-    "pgd0 sigma": Row(PGD0Settings(num_pixels=50, max_steps=10, num_restarts=2, sigma_map=True),
-                      targeted=True),
-    "sparse_rs": Row(SparseRSSettings(num_pixels=20, max_queries=40, num_restarts=2), targeted=True,
+    "pgd0 sigma": Row(PGD0Settings(num_pixels=50, max_steps=10, num_restarts=2, sigma_map=True)),
+    "sparse_rs": Row(SparseRSSettings(num_pixels=20, max_queries=40, num_restarts=2),
                      planted=SparseRSSettings(num_pixels=8, max_queries=1000, num_restarts=20)),
     "sparse_rs patches": Row(SparseRSSettings(num_pixels=30, kind="patches", max_queries=60),
-                             targeted=True,
                              planted=SparseRSSettings(num_pixels=36, kind="patches",
                                                       max_queries=1000, num_restarts=10)),
-    "sparse_rs frames": Row(SparseRSSettings(num_pixels=80, kind="frames", max_queries=60),
-                            targeted=True),
-    "sparse_pgd": Row(SparsePGDSettings(num_pixels=12, max_steps=20), targeted=True,
+    "sparse_rs frames": Row(SparseRSSettings(num_pixels=80, kind="frames", max_queries=60)),
+    "sparse_pgd": Row(SparsePGDSettings(num_pixels=12, max_steps=20),
                       planted=SparsePGDSettings(num_pixels=8, max_steps=300)),
     "sparse_pgd patch": Row(SparsePGDSettings(num_pixels=30, max_steps=20, structure="patch",
-                                              unprojected=False), targeted=True,
+                                              unprojected=False),
                             planted=SparsePGDSettings(num_pixels=16, max_steps=300, stride=2,
                                                       structure="patch", pattern=((1, 1),) * 2)),
-    "sparse_pgd row": Row(SparsePGDSettings(num_pixels=40, max_steps=20, structure="row"),
-                          targeted=True),
-    "saif": Row(SAIFSettings(num_pixels=12, max_steps=20), targeted=True,
+    "sparse_pgd row": Row(SparsePGDSettings(num_pixels=40, max_steps=20, structure="row")),
+    "saif": Row(SAIFSettings(num_pixels=12, max_steps=20),
                 planted=SAIFSettings(num_pixels=8)),
-    "fwnucl": Row(FWnuclSettings(max_steps=4, num_trials=2), targeted=True,
+    "fwnucl": Row(FWnuclSettings(max_steps=4, num_trials=2),
                   planted=FWnuclSettings(max_steps=20)),
     "strattack": Row(StrAttackSettings(num_searches=4, max_steps=12, num_retrainings=2,
-                                       retrain_steps=6), targeted=True,
+                                       retrain_steps=6),
                      planted=StrAttackSettings(num_searches=5)),
-    "gsmd": Row(GSMDSettings(max_steps=16, cells_per_axis=4), targeted=True,
+    "gsmd": Row(GSMDSettings(max_steps=16, cells_per_axis=4),
                 planted=GSMDSettings(max_steps=60, cells_per_axis=8)),
-    "gsmd superpixels": Row(GSMDSettings(max_steps=16, cells_per_axis=4, groups="superpixels"),
-                            targeted=True),
+    "gsmd superpixels": Row(GSMDSettings(max_steps=16, cells_per_axis=4, groups="superpixels")),
     "homotopy": Row(HomotopySettings(num_segments=20, max_steps=4, max_rounds=8, num_new=30,
-                                     tuning_steps=3), targeted=True,
+                                     tuning_steps=3),
                     planted=HomotopySettings(num_segments=40), planted_hyperparams={"radius": 1.0}),
     "homotopy entries": Row(HomotopySettings(groups="entries", max_steps=4, max_rounds=8,
                                              num_new=90, targeted_loss="cross_entropy"),
-                            targeted=True, planted=HomotopySettings(groups="entries", num_new=20),
+                            planted=HomotopySettings(groups="entries", num_new=20),
                             planted_hyperparams={"radius": 1.0}),
     "sapf": Row(SAPFSettings(num_pixels=40, num_searches=6, rounds=1, magnitude_steps=10,
-                             selection_steps=6, num_segments=20), targeted=True,
+                             selection_steps=6, num_segments=20),
                 planted=SAPFSettings(num_pixels=8, num_searches=6, rounds=1, num_segments=40,
                                      selection_steps=600)),
 }
@@ -157,8 +149,6 @@ DIRECTIONS = ([pytest.param(*row.values, jnp.float32, False, marks=row.marks) fo
 def test_result_is_true(row, dtype, targeted):
     """Flags, bounds, dtypes, budgets and counts say what a fresh look at the images says."""
     method = row.split()[0]
-    if targeted and not TABLE[row].targeted:
-        pytest.skip("not defined for targets")
     params, apply_fn, x, y = toy(dtype)
     y = y.at[1].set((y[1] + 1) % 5)  # one image is misclassified from the start
     targets = (y + 2) % 5 if targeted else None
@@ -269,10 +259,12 @@ def test_odd_shapes_and_batches_on_a_linear_model(row, num_images, shape):
 @pytest.mark.parametrize("row", SOME_ROWS)
 def test_already_misclassified_costs_one_evaluation(row):
     params, apply_fn, x, y = toy()
-    result = run(row, params, apply_fn, x, (y + 1) % 5, lanes=6)
-    np.testing.assert_array_equal(result.status, Status.ALREADY_MISCLASSIFIED)
-    np.testing.assert_array_equal(result.adversarials, x)
-    np.testing.assert_array_equal(result.forward_evals, 1)
+    for targets in (None, y) if row == "gse" else (None,):  # each direction is a program of its own
+        result = run(row, params, apply_fn, x, (y + 1) % 5, targets=targets, lanes=6)
+        np.testing.assert_array_equal(result.status, Status.ALREADY_MISCLASSIFIED)
+        np.testing.assert_array_equal(result.success, True)
+        np.testing.assert_array_equal(result.adversarials, x)
+        np.testing.assert_array_equal(result.forward_evals, 1)
 
 
 @pytest.mark.parametrize("row", ENGINE_ROWS)
@@ -312,6 +304,7 @@ def test_nan_away_from_the_clean_image_is_no_success(row):
         return jnp.where(touched[:, None], jnp.nan, apply_fn(params, images))
 
     result = run(row, params, breaks_when_touched, x, y, lanes=1)
+    np.testing.assert_array_equal(result.status, Status.NON_FINITE)
     np.testing.assert_array_equal(result.success, False)
     np.testing.assert_array_equal(result.adversarials, x)
 

@@ -366,3 +366,18 @@ def test_images_that_need_no_attack_are_told_as_they_are_classified(tmp_path):
     evaluate(dataclasses.replace(PLAN, attacks=PLAN.attacks[:1]), tmp_path, model=model(), data=wrong,
              force=True, on_progress=lambda progress: seen.append(progress.done))
     assert seen[-1] == 200 and len({done for done in seen if 0 < done < 200}) >= 2
+
+
+def test_random_search_evaluates_a_model_without_derivatives(tmp_path):
+    apply_fn, params = model()
+
+    def looped(params, x):
+        return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, apply_fn(params, x)),
+                                  (0, jnp.zeros((len(x), 5), x.dtype)))[1]
+
+    search = AttackPlan(method="sparse_rs", settings={"num_pixels": 8, "max_queries": 10, "num_restarts": 1})
+    run = evaluate(Plan(attacks=(search,)), tmp_path / "run", model=(looped, params), data=dataset(12))
+    assert run.complete and any(record["status"] == "found" for record in run.records)
+    assert [f["severity"] for f in run.manifest["findings"] if f["name"] == "gradients"] == ["warning"]
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        evaluate(Plan(attacks=(search, AttackPlan())), tmp_path / "both", model=(looped, params), data=dataset(12))

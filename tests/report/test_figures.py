@@ -1,13 +1,12 @@
 """The shared look of the figures and how they are written."""
 
-import sys
 
 import matplotlib
 import numpy as np
 import pytest
 
 from gse_jax import report
-from gse_jax.report.figures import COLOURS, drawing_style, line_style
+from gse_jax.report.figures import COLOURS, line_style
 
 
 def make_figure():
@@ -57,12 +56,6 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         report.save_figure(make_figure(), tmp_path / "curve")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_matplotlib_is_one_clear_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'gse-jax\[report\]'"), drawing_style():
-        pass
 
 
 def test_lines_are_told_apart_without_colour():
