@@ -71,8 +71,7 @@ def measure(model, params, x, y, smoke):
                      "acp": found.changed_pixels.mean, "anc": found.num_clusters.mean,
                      "l2": found.l2.mean, "d20": found.patch_count.mean,
                      "d20_error": found.patch_count.standard_error})
-        print(" | ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                         for k, v in rows[-1].items()), flush=True)
+        results_file.show(rows[-1])
     return rows
 
 

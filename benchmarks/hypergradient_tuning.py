@@ -121,8 +121,7 @@ def main():
                          "d20_of_its_own": float(patches[found].mean()) if found.any() else None,
                          "gradients_per_image": spent, "iterations_per_run": max_steps,
                          "objective": [values[0], values[-1]]})
-            print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                             for k, v in rows[-1].items()), flush=True)
+            results_file.show(rows[-1])
     results_file.write("hypergradient_tuning", args, rows)
 
 

@@ -52,8 +52,7 @@ def main():
         rows.append({"model": name, "batch": batch, "steps": count, "temporary_mib": size / 2**20,
                      "compile_seconds": seconds,
                      "ratio": size / 2**20 / rows[0]["temporary_mib"] if rows else 1.0})
-        print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                         for k, v in rows[-1].items()), flush=True)
+        results_file.show(rows[-1])
     results_file.write("reverse_memory", args, rows)
 
 

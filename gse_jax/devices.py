@@ -84,7 +84,8 @@ def hint_at_idle_cores(devices) -> None:
     """
     global _hinted
     cores = _num_cores()
-    if _hinted or cores == 1 or len(devices) > 1 or devices[0].platform != "cpu":
+    one_wished = jax.config.jax_default_device is not None
+    if _hinted or one_wished or cores == 1 or len(devices) > 1 or devices[0].platform != "cpu":
         return
     _hinted = True
     _LOGGER.warning("gse_jax runs on one CPU device of a machine with %d cores; "

@@ -28,7 +28,7 @@ def demo(tmp_path_factory):
 
 def test_demo_prints_the_table_and_progress(demo):
     _, done = demo
-    for words in ("clean accuracy", "of correctly classified", "ACP", "ANC", "l2 norm", "d_2,0",
+    for words in ("clean accuracy", "of correctly classified", "ACP", "ANC", "l2 norm", "d_{2,0}",
                   "gradient evaluations per image", "images per second"):
         assert words in done.stdout, words
     assert "4/4 images" in done.stderr

@@ -82,9 +82,9 @@ class Algorithm(NamedTuple):
             every one does. A call in which no lane does is a forward pass only. So that lanes ask
             together, new images are loaded only into calls where all lanes at work ask for what a
             new image asks for.
-        hinged: the loss is never below zero and its gradient is zero where the loss is. Calls are
-            then forward passes, followed by the gradient for those lanes alone whose loss is not
-            zero: worth it for attacks that spend most evaluations beyond the boundary.
+        hinged: over large regions the loss is constant, so that it has no slope by the logits. Calls are
+            then forward passes, followed by the gradient for those lanes alone whose loss has one: worth it for
+            attacks that spend most evaluations beyond the boundary.
         gradient_free: no evaluation needs a gradient: the model is never differentiated, and need not be
             differentiable.
         direction: gradient [H, W, C] -> [H, W, C], what `step` receives in its place; for work on the

@@ -316,7 +316,7 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
             none = jnp.zeros_like(evaluation.gradient)
             return evaluation._replace(gradient=select_rows(wants, evaluation.gradient, none))
         evaluation, saved = forward_fn(lanes.attack)
-        needed = wants & (evaluation.loss != 0.0)  # NaN included
+        needed = wants & jnp.any(saved[0] != 0.0, axis=-1)  # the slope by the logits; NaN included
         return evaluation._replace(
             gradient=_gradients_where(needed, evaluate_fn, lanes.attack, saved))
 

@@ -227,9 +227,8 @@ def _stretch(written, counts, lane_evals) -> Stretch:
     return Stretch(*jax.tree.map(rows, written), lane_evals)
 
 
-def _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
+def _work(program, params, hyperparams, key, batches, image_shape, devices, width):
     """Do the work of `stream`; yields the arguments of `_stretch`."""
-    devices, width = layout(num_images, lanes, image_shape)
     if width >= _LARGE_JOB:
         hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
@@ -307,10 +306,16 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         Stretch, in the order in which images finish. Every image is in exactly one. On an accelerator
         each comes when the next one is done; whoever stops before the end loses the last.
     """
-    behind = _platform(local_devices()) != "cpu"
+    # Where is decided now, for JAX's default device may be another when the first stretch is asked for.
+    devices, width = layout(num_images, lanes, image_shape)
+    work = _work(program, params, hyperparams, key, batches, image_shape, devices, width)
+    return _stretches(work, behind=_platform(devices) != "cpu")
+
+
+def _stretches(work, behind) -> Iterator[Stretch]:
     last = None  # an accelerator's comes out when the next one is done: it is copied meanwhile
     try:
-        for done in _work(program, params, hyperparams, key, batches, image_shape, lanes, num_images):
+        for done in work:
             last, ready = (done, last) if behind else (None, done)
             if ready is not None:
                 yield _stretch(*ready)

@@ -53,18 +53,16 @@ def _explain(args):
 def _draw_curves(run, explanation, folder):
     import numpy as np
 
-    from gse_jax import Status, metrics, report
+    from gse_jax import metrics, report
     from gse_jax.evaluation import PERCENTILES
 
-    name, found = run.about["method"], explanation.found
-    attacked = run.status != Status.ALREADY_MISCLASSIFIED
-    numbers = metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
+    name, found, numbers = run.about["method"], explanation.found, run.metrics()
     written = [*report.save_figure(report.interpretability_curves(
         PERCENTILES, {name: explanation.interpretability[found]}), folder / "interpretability")]
     for stem, label, counts in (("success_pixels", "changed pixels k", numbers.changed_pixels),
                                 ("success_patches", "patches k", numbers.patch_count)):
         budgets = np.arange(int(counts[found].max(initial=1)) + 1)
-        rates = metrics.success_at_k(counts, found, budgets, attacked=attacked)
+        rates = metrics.success_at_k(counts, found, budgets, attacked=run.attacked)
         written += report.save_figure(report.success_curves(budgets, {name: np.asarray(rates)},
                                                             xlabel=label), folder / stem)
     samples = {"ACP": numbers.changed_pixels, "ANC": numbers.num_clusters,

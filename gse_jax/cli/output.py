@@ -45,7 +45,7 @@ def table(run):
         ("changed pixels (ACP)", mean(numbers.changed_pixels, 2)),
         ("clusters of changed pixels (ANC)", mean(numbers.num_clusters, 2)),
         ("l2 norm, images in [-1, 1]", mean(numbers.l2, 3)),
-        ("8x8 patches touched (d_2,0)", mean(numbers.patch_count, 2)),
+        ("8x8 patches touched (d_{2,0})", mean(numbers.patch_count, 2)),
         ("gradient evaluations per image", mean(numbers.gradient_evals, 1)),
         ("attacked images per second, compilation included",
          f"{attacked / seconds:.2f} ({attacked} in {seconds:.1f} s)" if attacked else "-"),

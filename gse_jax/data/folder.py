@@ -28,7 +28,6 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
     Raises:
       ValueError: If the folder holds no class folders with images, or an option is wrong.
       FileNotFoundError: If there is no such folder.
-      ImportError: If Pillow is not installed.
     """
     name, options = split_options(rest, OPTIONS)
     resize, root = resize_from_options(options), existing_path(name, data_dir, USAGE)
@@ -55,10 +54,10 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ImageFi
 
 def _images_in(folder: Path) -> list[Path]:
     found = []
-    for parent, _, files in sorted(os.walk(folder, onerror=_refuse, followlinks=True)):
-        if not any(map(_is_litter, Path(parent).relative_to(folder).parts)):
-            found += [Path(parent, name) for name in sorted(files) if _is_image(name)]
-    return found
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not _is_litter(name)]  # not even entered
+        found.append((parent, sorted(filter(_is_image, files))))
+    return [Path(parent, name) for parent, files in sorted(found) for name in files]
 
 
 def _refuse(error: OSError):
@@ -66,8 +65,8 @@ def _refuse(error: OSError):
 
 
 def _is_litter(name: str) -> bool:
-    """What file managers, notebooks and archives leave behind."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+    """What file systems, file managers, notebooks and archives leave behind."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
 
 
 def _is_image(name: str) -> bool:

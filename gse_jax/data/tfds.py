@@ -186,6 +186,12 @@ def _checked_features(features: Any) -> str | None:
     if missing := [key for key in ("image", "label") if key not in features]:
         raise ValueError(f"the features are {', '.join(features)}, expected image and label "
                          f"({missing[0]} is missing)")
+    import tensorflow_datasets as tfds
+
+    image = features["image"]
+    kind = np.dtype(image.np_dtype)
+    if not isinstance(image, tfds.features.Image) or kind != np.uint8:
+        raise ValueError(f"image is {type(image).__name__} of {kind}, expected Image of uint8")
     return next((key for key in _ID_FEATURES if key in features), None)
 
 

@@ -2,7 +2,7 @@
 
 from gse_jax.differentiable.boundary import BoundaryResult, implicit_attack
 from gse_jax.differentiable.measures import half_quasinorm, smooth_patch_count
-from gse_jax.differentiable.pareto import Sweep, hyperparam_grid, sweep
+from gse_jax.differentiable.sweeps import Sweep, hyperparam_grid, sweep
 from gse_jax.differentiable.unrolled import DifferentiableResult, differentiable_attack
 
 __all__ = [

@@ -20,7 +20,7 @@ from gse_jax.attacks import Progress, attack, validation
 from gse_jax.data.atomic import replacing
 from gse_jax.devices import local_devices
 from gse_jax.evaluation.forward import Forward
-from gse_jax.metrics import Summary, summary
+from gse_jax.metrics import ImageMetrics, Summary, image_metrics, summary
 from gse_jax.types import ApplyFn, Status
 
 class AttackRun(NamedTuple):
@@ -58,6 +58,20 @@ class AttackRun(NamedTuple):
     confidences_after: np.ndarray
     ids: np.ndarray
     about: dict[str, Any]
+
+    @property
+    def found(self) -> np.ndarray:
+        """[N] bool, images of which the attack made an adversarial one."""
+        return self.status == Status.FOUND
+
+    @property
+    def attacked(self) -> np.ndarray:
+        """[N] bool, images that were not misclassified from the start."""
+        return self.status != Status.ALREADY_MISCLASSIFIED
+
+    def metrics(self) -> ImageMetrics:
+        """Return the metrics of every image."""
+        return image_metrics(self.x, self.adversarials, bounds=tuple(self.about["bounds"]))
 
     def summary(self) -> Summary:
         """Return the run's numbers; success is the fresh pass's, not the attack's word."""

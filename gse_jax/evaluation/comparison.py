@@ -13,14 +13,9 @@ import numpy as np
 from gse_jax import metrics
 from gse_jax.attacks import METHODS, default_domain, preset
 from gse_jax.evaluation.attack_run import AttackRun, run_attack
-from gse_jax.types import Status
 
 _DOMAINS = ("gse_paper", "original", "cifar10", "imagenet", "imagenet_robust")
 BUDGETS = (8, 16, 24, 50)  # pixels at which success rates are compared
-
-# (key of the row, field of ImageMetrics)
-_METRICS = (("ACP", "changed_pixels"), ("ANC", "num_clusters"), ("l2", "l2"),
-            ("d_2,0", "patch_count"))
 
 
 class Comparison(NamedTuple):
@@ -128,26 +123,21 @@ def configurations_of(methods: Sequence[str], domain: str | None, image_shape,
 
 def _row(method, run, budgets):
     numbers = run.summary()
-    measured = metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
-    found, attacked = run.status == Status.FOUND, run.status != Status.ALREADY_MISCLASSIFIED
-    rates = np.asarray(metrics.success_at_k(measured.changed_pixels, found, np.asarray(budgets),
-                                            attacked=attacked))
-    return {"attack": method, "attacked": numbers.num_attacked, "ASR": numbers.asr_attacked, "ACP": numbers.changed_pixels.mean,
-            "ANC": numbers.num_clusters.mean, "l2": numbers.l2.mean,
-            "d_2,0": numbers.patch_count.mean, "gradients": numbers.gradient_evals.mean,
-            "forwards": numbers.forward_evals.mean,
+    rates = np.asarray(metrics.success_at_k(run.metrics().changed_pixels, run.found, np.asarray(budgets),
+                                            attacked=run.attacked))
+    return {"attack": method, "attacked": numbers.num_attacked, "ASR": numbers.asr_attacked,
+            **{name: getattr(numbers, field).mean for name, field in metrics.SPARSITY.items()},
+            "gradients": numbers.gradient_evals.mean, "forwards": numbers.forward_evals.mean,
             "s/image": run.about["seconds"] / max(numbers.num_attacked, 1),
             **{f"ASR@{k}": float(rate) if numbers.num_attacked else None for k, rate in zip(budgets, rates)}}
 
 
 def _targeted_rows(method, runs):
-    measured = [metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
-                for run in runs]
-    found = np.stack([run.status == Status.FOUND for run in runs])
-    attacked = np.stack([run.status != Status.ALREADY_MISCLASSIFIED for run in runs])
+    measured = [run.metrics() for run in runs]
+    found, attacked = (np.stack([getattr(run, name) for run in runs]) for name in ("found", "attacked"))
     cases = {name: metrics.targeted_protocol(np.stack([getattr(m, field) for m in measured]),
                                              found, attacked=attacked)
-             for name, field in _METRICS}
+             for name, field in metrics.SPARSITY.items()}
     pairs = max(int(attacked.sum()), 1)
     spent = {name: sum(int(getattr(run, field).sum()) for run in runs) / pairs
              for name, field in (("gradients", "gradient_evals"), ("forwards", "forward_evals"))}

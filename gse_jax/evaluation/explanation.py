@@ -12,7 +12,6 @@ import numpy as np
 
 from gse_jax import metrics
 from gse_jax.evaluation.attack_run import AttackRun, predict
-from gse_jax.types import Status
 
 PERCENTILES = (50, 60, 70, 80, 90)
 _BATCH = 64
@@ -64,7 +63,7 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
     if same < 0.9 * len(before):  # rounding on another machine changes hardly any
         raise ValueError(f"params: this model predicts as the run's did for {same} of {len(before)} clean "
                          "images only; pass the model, weights and normalisation that were attacked")
-    found = run.status == Status.FOUND
+    found = run.found
     goals = np.where(run.targets >= 0, run.targets, run.predictions_after)
     # Aiming at the true class, or at none, would be a map of nothing; that happens for failures only.
     num_classes = jax.eval_shape(apply_fn, params, run.x[:1]).shape[-1]

@@ -15,10 +15,8 @@ from gse_jax import metrics
 from gse_jax.attacks import METHODS
 from gse_jax.evaluation.attack_run import AttackRun, run_attack
 from gse_jax.evaluation.comparison import configurations_of
-from gse_jax.types import Status
 
 CAPS = (math.inf, 3.0, 2.0, 1.5, 1.0, 0.75, 0.5)  # on the l2 norm, images of range width 2
-NUMBERS = ("ACP", "ANC", "l2", "d_{2,0}")
 _ROUNDING = 1e-5  # of a norm computed again, relative
 
 
@@ -62,7 +60,7 @@ class Front(NamedTuple):
         return [{"attack": name if np.isinf(cap) else f"{name}, l2 <= {cap:g}",
                  "attacked": int(self.attacked.sum()), "ASR": float(rate), "ASR within the cap": float(within),
                  **{number: None if np.isnan(mean) else float(mean)
-                    for number, mean in zip(NUMBERS, means, strict=True)},
+                    for number, mean in zip(metrics.SPARSITY, means, strict=True)},
                  "gradients": float(spent), "forwards": float(passes),
                  "on the front": "yes" if front else "no"}
                 for name, cap, rate, within, means, spent, passes, front in zip(
@@ -135,12 +133,10 @@ class _Point(NamedTuple):
 
 
 def _point(run: AttackRun) -> _Point:
-    measured = metrics.image_metrics(run.x, run.adversarials, bounds=tuple(run.about["bounds"]))
-    success = run.status == Status.FOUND
-    images = np.stack([measured.changed_pixels, measured.num_clusters, measured.l2,
-                       measured.patch_count], axis=-1).astype(float)
-    return _Point(run.predictions_before == run.y, run.status != Status.ALREADY_MISCLASSIFIED, success,
-                  np.where(success[:, None], images, np.nan),
+    measured = run.metrics()
+    images = np.stack([getattr(measured, field) for field in metrics.SPARSITY.values()], axis=-1).astype(float)
+    return _Point(run.predictions_before == run.y, run.attacked, run.found,
+                  np.where(run.found[:, None], images, np.nan),
                   np.stack([run.gradient_evals, run.forward_evals], axis=-1))
 
 

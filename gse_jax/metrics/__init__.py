@@ -1,15 +1,15 @@
 """Numbers and maps about adversarial images: (images, adversarials) -> one value per image."""
 
 from gse_jax.metrics.activation_maps import cam, grad_cam, normalise_map, resize_map
-from gse_jax.metrics.aggregate import ImageMetrics, Summary, image_metrics, summarise, summary
+from gse_jax.metrics.aggregate import SPARSITY, ImageMetrics, Summary, image_metrics, summarise, summary
 from gse_jax.metrics.clusters import (
     count_clusters,
     count_clusters_host,
     num_clusters,
     num_clusters_host,
 )
-from gse_jax.metrics.dominance import pareto_set
 from gse_jax.metrics.overlap import Overlap, overlap_score, salient_region
+from gse_jax.metrics.pareto import pareto_set
 from gse_jax.metrics.protocol import (
     Statistic,
     TargetedCase,
@@ -31,6 +31,7 @@ from gse_jax.metrics.sparsity import (
 )
 
 __all__ = [
+    "SPARSITY",
     "ImageMetrics",
     "Overlap",
     "Statistic",

@@ -21,6 +21,9 @@ from gse_jax.metrics.protocol import Statistic, describe
 from gse_jax.metrics.sparsity import changed_pixels, l2_norm, patch_count, unit_scale
 from gse_jax.types import Status
 
+# What tables call the fields of `ImageMetrics` and `Summary`.
+SPARSITY = {"ACP": "changed_pixels", "ANC": "num_clusters", "l2": "l2", "d_{2,0}": "patch_count"}
+
 _CHUNK = 256  # Images per step: 154 MB of float32 at 224 x 224 x 3.
 
 
@@ -101,8 +104,7 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
         `ImageMetrics`.
 
     Raises:
-        ValueError, TypeError: as `perturbation`, `unit_scale` and `patch_count`; and for clean images
-            outside `bounds`, whose l2 would be in other units.
+        ValueError, TypeError: as `perturbation`, `unit_scale` and `patch_count`.
 
     References:
         arXiv 2311.17434.
@@ -115,7 +117,6 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
     # At least one chunk, so that wrong arguments are refused for N = 0 as well.
     for start in range(0, max(len(x), 1), _CHUNK):
         pair = x[start : start + _CHUNK], adversarials[start : start + _CHUNK]
-        _check_range(pair[0], bounds)
         finite = [np.isfinite(images.astype(np.float32)).all(axis=(1, 2, 3)) for images in pair]
         chunks.append((
             changed_pixels(*pair),
@@ -128,13 +129,15 @@ def image_metrics(x, adversarials, *, bounds=(0.0, 1.0), patch_size=8):
 
 
 def _check_range(x, bounds):
-    if bounds is None:  # the caller's own units
+    x = np.asarray(x)
+    if bounds is None or not x.size:
         return
     unit_scale(bounds)  # or say what is wrong with them
     low, high = bounds
     rounding = 1e-3 * (high - low)
-    if ((x < low - rounding) | (x > high + rounding)).any():  # NaN is for `finite` to tell
-        raise ValueError(f"x has values from {np.nanmin(x):g} to {np.nanmax(x):g}, outside bounds=({low:g}, {high:g}); pass the "
+    lowest, highest = float(np.fmin.reduce(x, axis=None)), float(np.fmax.reduce(x, axis=None))
+    if lowest < low - rounding or high + rounding < highest < np.inf:  # what is not finite is for `finite` to tell
+        raise ValueError(f"x has values from {lowest:g} to {highest:g}, outside bounds=({low:g}, {high:g}); pass the "
                          "bounds of these images")
 
 
@@ -201,11 +204,13 @@ def summary(x, result, *, bounds=(0.0, 1.0), patch_size=8):
         `Summary`.
 
     Raises:
-        ValueError, TypeError: as `image_metrics` and `summarise`.
+        ValueError, TypeError: as `image_metrics` and `summarise`; for clean images outside `bounds`, whose l2 would
+            be in other units.
 
     References:
         arXiv 2311.17434.
     """
+    _check_range(x, bounds)
     metrics = image_metrics(x, result.adversarials, bounds=bounds, patch_size=patch_size)
     return summarise(metrics, result, patch_size=patch_size)
 

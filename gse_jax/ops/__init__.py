@@ -1,6 +1,5 @@
 """Pure array mathematics for one image: no model, no loop, no state."""
 
-from gse_jax.ops.binary import project_binary_sphere
 from gse_jax.ops.blocks import average_blocks, expand_blocks, grid_shape
 from gse_jax.ops.bregman import grid_cells, project_group_maxima, to_dual
 from gse_jax.ops.clusters import count_clusters
@@ -19,6 +18,7 @@ from gse_jax.ops.neighbours import (
 )
 from gse_jax.ops.projections import (
     largest_pixels,
+    project_binary_sphere,
     project_l2_ball,
     project_sparse_box,
     project_sparse_sigma,

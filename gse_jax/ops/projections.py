@@ -6,6 +6,8 @@ References:
     Madry et al., arXiv 1706.06083, section 2.1 (balls).
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -125,3 +127,23 @@ def project_l2_ball(v, radius):
     """
     norm = jnp.sqrt(jnp.sum(v * v))
     return v * jnp.where(norm > radius, radius / jnp.where(norm > 0.0, norm, 1.0), 1.0)
+
+
+def project_binary_sphere(v):
+    r"""Solve argmin_z |z - v|_2 with |z - 1/2|_2 = sqrt(n) / 2.
+
+    Args:
+        v: [...], n entries.
+
+    Returns:
+        [...]; where every entry is 1/2 all points are equally near, and the result is all 1. Binary vectors are
+        those where this sphere meets the box [0, 1]^n.
+
+    References:
+        Wu, Ghanem, lp-box ADMM, TPAMI 2019, arXiv 1604.07666, proposition 1 and eq. (10).
+    """
+    shifted = v - 0.5
+    norm = jnp.sqrt(jnp.sum(shifted * shifted))
+    direction = jnp.where(norm > 0.0, shifted / jnp.where(norm > 0.0, norm, 1.0),
+                          1.0 / math.sqrt(v.size))
+    return 0.5 + 0.5 * math.sqrt(v.size) * direction

@@ -265,6 +265,8 @@ def test_already_misclassified_costs_one_evaluation(row):
         np.testing.assert_array_equal(result.success, True)
         np.testing.assert_array_equal(result.adversarials, x)
         np.testing.assert_array_equal(result.forward_evals, 1)
+        if row == "gse":
+            np.testing.assert_array_equal(result.gradient_evals, 0)
 
 
 @pytest.mark.parametrize("row", ENGINE_ROWS)

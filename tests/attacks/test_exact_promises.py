@@ -9,6 +9,7 @@ import gse_jax
 from gse_jax import Status
 from gse_jax.attacks.algorithm import Evaluation, Sample
 from gse_jax.attacks.baselines.record import is_success, note, start_record
+from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.attacks.baselines.sparse_projected_gradient_descent import climbing_loss
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE
@@ -105,3 +106,16 @@ def test_boosted_runs_are_told_by_where_they_begin():
     # The first two are boosted runs; the third lies between two of them, after the second succeeded.
     tradeoff = first * jnp.asarray([1e-7, 1e-8, 5.5e-8, 0.5])
     assert is_boosted(tradeoff, first, settings).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("method", ["gse", "strattack", "sigma_zero"])
+def test_an_image_that_lies_on_the_boundary_is_moved_off_it(method):
+    """Two classes tie there: no loss, but a slope. (The label is predicted, because it comes first.)"""
+    settings = {"gse": gse_jax.GSESettings(num_runs=2, max_steps=10, phase1_steps=5),
+                "strattack": StrAttackSettings(num_searches=4, max_steps=60, num_retrainings=1),
+                "sigma_zero": SigmaZeroSettings(max_steps=20)}
+    kernel = np.random.default_rng(0).normal(size=(192, 2)).astype("f4")
+    model = lambda kernel, x: (x.reshape(len(x), -1) - 0.5) @ kernel
+    result = gse_jax.attack(kernel, model, np.full((1, 8, 8, 3), 0.5, "f4"), np.int32([0]), method=method,
+                            settings=settings[method])
+    assert int(result.status[0]) == Status.FOUND

@@ -141,3 +141,18 @@ def test_only_random_search_is_free_of_gradients():
     free = {name for name in METHODS
             if METHODS[name].bind(*gse_jax.preset(name, "cifar10"), targeted=False, bounds=(0.0, 1.0), key=None).gradient_free}
     assert free == {"sparse_rs"}
+
+
+def test_a_stream_runs_where_it_was_asked_for():
+    params, apply_fn, x, y = toy()
+    device, used = jax.local_devices()[2], []
+    ids = np.arange(6, dtype=np.int32)
+    with jax.default_device(device):
+        stretches = gse_jax.attacks.attack_stream(
+            params, apply_fn, [Sample(np.asarray(x), np.asarray(y), np.full(6, -1), ids)], image_shape=x.shape[1:],
+            dtype=x.dtype, method="pgd", settings=SHORT["pgd"], bounds=(-1.0, 1.0))
+    make_mesh = program.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "make_mesh", lambda devices: used.append(devices) or make_mesh(devices))
+        assert sorted(i for stretch in stretches for i in stretch.sample_ids) == list(range(6))
+    assert used == [[device]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gse_jax import data
+from gse_jax.data.tfds import _checked_features
 
 pytest.importorskip("array_record")
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -111,3 +112,12 @@ def test_colours_are_those_of_the_file_not_of_its_palette(tmp_path):
     prepare(str(tmp_path), "colours", {"image": tfds.features.Image(), "label": label}, rows)
     images = data.load("tfds:colours:test", data_dir=str(tmp_path)).images
     np.testing.assert_allclose(images, np.broadcast_to(np.float32([200, 30, 30]) / 255, images.shape), atol=0.02)
+
+
+@pytest.mark.parametrize("image", [tfds.features.Image(shape=(8, 10, 1), dtype=np.float32),
+                                   tfds.features.Tensor(shape=(8, 10, 3), dtype=np.uint8)])
+def test_images_that_are_stored_as_no_8_bit_pictures_are_refused(image):
+    """TFDS stores float32 as four bytes of an RGBA picture."""
+    features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=3)})
+    with pytest.raises(ValueError, match="expected Image of uint8"):
+        _checked_features(features)

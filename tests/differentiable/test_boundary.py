@@ -194,3 +194,5 @@ def test_adversarials_stored_with_fewer_digits_change_what_they_changed(curved):
     assert exact.support.any() and not exact.support.all()
     for kind in ("f4", "f2"):
         np.testing.assert_array_equal(solve(*model, np.asarray(given).astype(kind)).support, exact.support)
+    whole = solve(*model, np.ones(given.shape, np.uint8))  # of one scale with x, so every pixel changed
+    assert whole.support.all()

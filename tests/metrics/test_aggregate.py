@@ -114,3 +114,15 @@ def test_result_that_contradicts_itself_is_refused():
     with pytest.raises(ValueError, match="patch_size"):
         metrics.summary(x, result, patch_size=11)
     assert Status.FOUND == 0
+
+
+def test_a_summary_refuses_images_outside_its_bounds():
+    """Their l2 would be in other units."""
+    x = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype="f4").reshape(2, 8, 8, 3)
+    zero = np.zeros(2, np.int32)
+    result = SimpleNamespace(adversarials=0.9 * x, success=zero == 0, status=zero, gradient_evals=zero, forward_evals=zero)
+    with pytest.raises(ValueError, match=r"values from -1 to 1, outside bounds=\(0, 1\); pass the bounds"):
+        metrics.summary(x, result)
+    assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_found == 2
+    x[0, 0, 0] = np.nan, np.inf, 0.0  # are told in other words
+    assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_non_finite == 1

@@ -229,7 +229,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         params = type(hyperparams)(*(jnp.asarray(h, state.c.dtype) for h in hyperparams))
         again, limits = retraining(state), box(state.sample, params)
         tests = state.testing | again
-        sloped = ~state.testing & (evaluation.loss != 0.0)
+        sloped = ~state.testing & ((evaluation.loss != 0.0) | jnp.any(evaluation.gradient != 0.0))  # 0 where classes tie
         here = point(state)
         score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
         fools = is_success(state.record, state.sample, evaluation, here, targeted)

@@ -99,9 +99,13 @@ def is_boosted(tradeoff, first, settings):
     if settings.num_boosted_runs == 0:
         return jnp.zeros(tradeoff.shape, bool)
     failures = max(0, settings.num_runs - settings.num_boosted_runs)
+    low = tradeoff <= first * (0.1**failures * 1.001)  # the allowance is for rounding
+    if settings.num_boosted_runs <= 2:
+        return low
+    # After a success of a boosted run others begin above it, and below where the first of them began.
     begins = [first * 0.1**run for run in range(failures, settings.num_runs)]
-    near = [jnp.abs(tradeoff - begin) <= 1e-3 * begin for begin in begins]  # for rounding
-    return functools.reduce(jnp.logical_or, near)
+    near = functools.reduce(jnp.logical_or, [jnp.abs(tradeoff - begin) <= 1e-3 * begin for begin in begins])
+    return low & (near | (tradeoff < begins[-1]))
 
 
 def skip_dead_runs(search: Search, largest_gradient, settings, hyperparams) -> Search:

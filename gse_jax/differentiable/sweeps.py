@@ -18,10 +18,8 @@ from gse_jax.attacks.program import compiled, hashable
 from gse_jax.attacks.validation import is_traced
 from gse_jax.differentiable.arguments import configuration, problem
 from gse_jax.differentiable.unrolled import run_once
-from gse_jax.metrics import pareto_set, summary
+from gse_jax.metrics import SPARSITY, pareto_set, summary
 from gse_jax.types import ApplyFn, Bounds
-
-NUMBERS = ("ACP", "ANC", "l2", "d_{2,0}")
 
 
 class Sweep(NamedTuple):
@@ -138,8 +136,7 @@ def sweep(
     result = run(params, samples, tradeoff, traced)
     points = [jax.tree.map(lambda leaf: leaf[g], result) for g in range(count)]
     rows = [summary(x, point, bounds=goal.bounds, patch_size=settings.patch_size) for point in points]
-    numbers = np.array([[_mean(s) for s in (r.changed_pixels, r.num_clusters, r.l2, r.patch_count)]
-                        for r in rows])
+    numbers = np.array([[_mean(getattr(row, field)) for field in SPARSITY.values()] for row in rows])
     rate = np.array([row.asr_all for row in rows], float)
     least = rate.max() if min_success is None else min_success
     return Sweep(grid, rate, numbers, pareto_set(numbers, rate >= least),

@@ -1,4 +1,4 @@
-"""Sweeps over hyperparameters, Pareto sets, and the smooth measures."""
+"""Sweeps over hyperparameters, and the smooth measures."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,6 @@ from gse_jax import differentiable, metrics
 from tests.toy_model import linear_logits, small_logits
 
 BOUNDS = (-1.0, 1.0)
-
-
-def test_pareto_set_keeps_what_nothing_dominates():
-    numbers = [[1, 5], [2, 2], [3, 3], [2, 2], [np.nan, 0], [0, 0]]
-    np.testing.assert_array_equal(
-        metrics.pareto_set(numbers, [True] * 5 + [False]),
-        [True, True, False, True, False, False])
 
 
 @pytest.mark.slow
