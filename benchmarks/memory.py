@@ -34,7 +34,9 @@ def measure(count, lanes, side):
     import numpy as np
 
     import gse_jax
+    import results_file
 
+    results_file.use_one_accelerator()
     rng = np.random.default_rng(0)
     params = (rng.normal(size=(3, 3, 3, 16)).astype("f4"), rng.normal(size=(16, 10)).astype("f4"))
 

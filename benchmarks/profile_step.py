@@ -116,6 +116,7 @@ def main():
     arguments = results_file.parser(__doc__.splitlines()[0])
     arguments.add_argument("--lanes", type=int, nargs="+", default=[64, 1024])
     args = arguments.parse_args()
+    results_file.use_one_accelerator()
     case, rows = results_file.network_and_images(400), []
     for lanes in [2] if args.smoke else args.lanes:
         row = measure(case, lanes)

@@ -65,6 +65,12 @@ def _commit():
     return head + "+" * bool(changed) if head else None
 
 
+def use_one_accelerator():
+    """Work on the first one alone, where there are several: what is read is read of it."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_device", jax.devices()[0])
+
+
 def backend():
     """The platform, asked in another process: this one leaves the device to those that measure."""
     found = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"],

@@ -57,6 +57,7 @@ def measure_real(kind, count, devices):
     import gse_jax
     from gse_jax.attacks.algorithm import Sample
 
+    results_file.use_one_accelerator()
     params, apply_fn, x, y, bounds, name = results_file.network_and_images(400)
     x, y = np.asarray(x), np.asarray(y)
     settings = gse_jax.GSESettings(num_runs=SHORT_RUNS) if kind == "real" else None
@@ -109,7 +110,9 @@ def measure(count, devices):
     import numpy as np
 
     import gse_jax
+    import results_file
 
+    results_file.use_one_accelerator()
     rng = np.random.default_rng(0)
     params = tuple(rng.normal(size=s).astype("f4") / 8 for s in ((64, 32), (32, 5)))
 

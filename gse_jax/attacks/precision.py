@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gse_jax.attacks.algorithm import Outcome
-from gse_jax.devices import is_out_of_memory
+from gse_jax.devices import is_out_of_memory, platform
 from gse_jax.ops import is_adversarial
 from gse_jax.types import Status
 
 # What users call them -> what JAX does.
 PRECISIONS = {"highest": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
-_BATCH, _PIXELS = 64, 64**3  # images at a time: at most so many, of at most so many pixels together
+# Images at a time: at most so many, of at most so many pixels together.
+_BATCHES = {"cpu": (64, 64**3)}
+_BATCH_OF_ACCELERATORS = 1024, 2**20  # as many as its lanes by default, which hold gradients too
 
 
 def check_precision(precision) -> None:
@@ -113,7 +115,8 @@ def confirmed(params, apply_fn, outcome: Outcome, x, y, targets, starts=None, la
     if array is np:
         params = jax.device_put(params)  # once, not with every batch
     holds = functools.partial(build(apply_fn, targets is not None), params)
-    batch = int(np.clip(_PIXELS // (x.shape[1] * x.shape[2]), 1, min(lanes or _BATCH, _BATCH)))
+    most, pixels = _BATCHES.get(platform(), _BATCH_OF_ACCELERATORS)
+    batch = int(np.clip(pixels // (x.shape[1] * x.shape[2]), 1, min(lanes or most, most)))
     # A clean image that only the coarser loop misclassified is lost too.
     lost = outcome.success & ~_held(holds, outcome.adversarials, wanted, batch, array)
     if starts is not None and (array is jnp or lost.any()):

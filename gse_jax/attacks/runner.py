@@ -52,9 +52,10 @@ class Progress(NamedTuple):
 
 
 # Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. In the tail a CPU, to
-# which a look costs nothing, has fewer.
+# which a look costs nothing, has fewer. An accelerator, to which it costs milliseconds, has eight at least.
 _CALLS = 32
 _CALLS_IN_TAIL = 8
+_FEWEST_CALLS = {"cpu": 2}
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
 _LARGE_JOB = 4
 # Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
@@ -236,7 +237,8 @@ def _work(program, params, hyperparams, key, batches, image_shape, devices, widt
     pixels = max(64 * 64, image_shape[0] * image_shape[1])
     platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
     tail = _CALLS_IN_TAIL if platform == "cpu" else _CALLS
-    calls, calls_in_tail = (np.int32(max(2, n * 64 * 64 // pixels)) for n in (_CALLS, tail))
+    fewest = _FEWEST_CALLS.get(platform, 8)
+    calls, calls_in_tail = (np.int32(max(min(fewest, n), n * 64 * 64 // pixels)) for n in (_CALLS, tail))
     per_lane = min(_QUEUE_PER_LANE, int(calls))
     params, hyperparams, key, calls, calls_in_tail = jax.device_put(
         (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))

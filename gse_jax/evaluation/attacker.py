@@ -194,7 +194,7 @@ class Attacker:
                 return None
             self._waiting.extend(self._classified(self._chunk))
             self._chunk = []
-            if self._on_settled is not None and self._settled:
+            if self._on_settled is not None:  # also of nothing, so that who watches sees that work goes on
                 self._reporting = True  # stays so if this raises
                 self._on_settled(Advance(self._drain(), [], 0))
                 self._reporting = False

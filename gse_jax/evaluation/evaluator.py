@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gse_jax.attacks.runner import layout
 from gse_jax.devices import local_devices
 from gse_jax.evaluation.attacker import Attacker, unusable
 from gse_jax.evaluation.durable import StoreError
 from gse_jax.evaluation.fingerprint import differences, versions
 from gse_jax.evaluation.forward import Forward
-from gse_jax.evaluation.hosts import combined_residue, start_distributed
+from gse_jax.evaluation.hosts import combined_residue, start_distributed, wait_for_others
 from gse_jax.evaluation.interruption import Preempted, StopSignals, Watchdog
 from gse_jax.evaluation.job import Job, manifest_of, preflight, set_up
 from gse_jax.evaluation.plan import Plan
@@ -66,7 +67,9 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
             the plan's.
         shard: (i, n), 0 <= i < n: this call does samples i, i + n, i + 2 n ... only.
         engine: "local" uses all local devices; "distributed" the same in every process of
-            `jax.distributed`, which it starts unless the caller has; "ray" a Ray cluster.
+            `jax.distributed`, which it starts unless the caller has (under SLURM and Open MPI JAX gives each process
+            one GPU: start one per GPU, or set `JAX_LOCAL_DEVICE_IDS`); "ray" a Ray cluster (on one with GPUs set
+            `JAX_PLATFORMS=cpu` for this process, which would else hold the GPU of a worker).
         on_progress: called with a `RunProgress` after every stretch of work.
         allow_mismatch: go on in a directory of other weights, data or settings; it is recorded.
         force: go on where the pre-flight checks find an error; it is recorded.
@@ -132,6 +135,8 @@ def evaluate(plan: Plan, run_dir, *, model=None, data=None, shard: tuple[int, in
             else:
                 _run_here(job, work, run_dir, writer, recorder, forward, moved)
         writer.event("end")
+    if engine == "distributed":
+        wait_for_others()
     return open_run(run_dir)
 
 
@@ -221,18 +226,19 @@ def _remaining(job: Job, run_dir: Path, residue) -> tuple[list[Work], int, int]:
 
 def _run_here(job: Job, work, run_dir, writer, recorder, forward, moved):
     """Attack on all local devices."""
-    kind = local_devices()[0].device_kind
+    devices = local_devices()
+    kind = devices[0].device_kind
 
     def note(lanes):
         nonlocal limit
         limit = lanes
-        writer.event("out_of_memory", lanes=lanes, device_kind=kind)
+        writer.event("out_of_memory", lanes=lanes, devices=len(devices), device_kind=kind)
 
     def take(advance):
         recorder.add(advance)
         moved()
 
-    limit = _remembered_lanes(run_dir, kind, job.plan.lanes)
+    limit = _remembered_lanes(run_dir, kind, job.plan.lanes, job.model.image_shape)
     for part in work:
         count = int(part.todo.sum())
         attacker = Attacker(job.model, part.group, forward, num_samples=job.num_samples,
@@ -241,8 +247,11 @@ def _run_here(job: Job, work, run_dir, writer, recorder, forward, moved):
             take(advance)
 
 
-def _remembered_lanes(run_dir: Path, kind: str, lanes: int | None) -> int | None:
+def _remembered_lanes(run_dir: Path, kind: str, lanes: int | None, image_shape) -> int | None:
     """Return the lanes to start with: no more than fitted into such a device before."""
-    fitted = [event["lanes"] for event in open_run(run_dir).events
+    here = len(local_devices())
+    fitted = [event["lanes"] if event.get("devices", here) == here else max(1, event["lanes"] // event["devices"]) * here
+              for event in open_run(run_dir).events
               if event["event"] == "out_of_memory" and event["device_kind"] == kind]
-    return min([*fitted, *([lanes] if lanes else [])], default=None)
+    devices, width = layout(None, lanes, image_shape)
+    return min(fitted) if fitted and min(fitted) < width * len(devices) else lanes

@@ -40,7 +40,7 @@ class Forward:
             apply_fn: (params, x) -> logits.
             image_shape: (H, W, C).
         """
-        self._params = params
+        self._params = jax.device_put(params)  # once, not with every batch
         # Others may hold weights, which may have changed.
         self._logits = (_jitted if _is_ours(apply_fn) else _jitted.__wrapped__)(apply_fn)
         self.batch = int(np.clip(_PIXELS // (image_shape[0] * image_shape[1]), 1, _LARGEST_BATCH))

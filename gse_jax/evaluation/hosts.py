@@ -4,13 +4,17 @@ Every process takes a residue class of the samples and writes its own files; the
 communication while it works.
 """
 
+import contextlib
+import itertools
+
 import jax
 
 from gse_jax.evaluation.store import writer_name
 
 # A process that is done waits for the others before it leaves: with JAX's default of five minutes
 # the end of the fastest would be the end of all.
-_SHUTDOWN_SECONDS = 7 * 24 * 3600
+_LONGEST_SECONDS = 7 * 24 * 3600
+_BARRIERS = itertools.count()  # their names; one is used once
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -80,10 +84,25 @@ def start_distributed() -> None:
     if jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+        jax.distributed.initialize(shutdown_timeout_seconds=_LONGEST_SECONDS)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"engine='distributed': {reason}; on a cluster that JAX does not recognise call "
             "jax.distributed.initialize(coordinator_address=..., num_processes=..., "
             "process_id=...) before anything else, or use shard=(i, n)") from None
+
+
+def wait_for_others() -> None:
+    """Wait, as a process of `jax.distributed` that is done, until all are.
+
+    JAX hands `shutdown_timeout_seconds` to the service alone: a process that leaves gives up after five minutes
+    and takes the others with it.
+    """
+    from jax._src import distributed  # there is no public barrier that needs no devices
+
+    client = distributed.global_state.client
+    if client is not None:
+        # Where another process failed there is nobody to wait for; this one has stored its work.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.wait_at_barrier(f"gse_jax: done {next(_BARRIERS)}", _LONGEST_SECONDS * 1000)

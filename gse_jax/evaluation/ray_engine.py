@@ -21,8 +21,9 @@ from gse_jax.evaluation.store import Finished
 _RETRIES = 10  # of a chunk whose worker died; one that kills every worker must end somewhere
 _CHUNKS_PER_WORKER = 2  # one at work, one waiting: workers never idle, the driver holds little
 # (case, sample) pairs per chunk and lane: enough that the lanes are full for most of a chunk, few
-# enough that the death of a worker costs little.
-_CHUNK_LANES = 4
+# enough that the death of a worker costs little. Ray ends a worker with a GPU after each chunk, so that the next
+# one compiles anew.
+_CHUNK_LANES = {"cpu": 4, "gpu": 16}
 _LOOK_SECONDS = 1.0
 
 
@@ -137,9 +138,9 @@ def run(job, work, recorder, moved, waiting) -> None:
                 job.plan.seed, job.plan.lanes, bool(jax.config.read("jax_enable_x64")))
     holder = [ray.put(spec)]
     task = ray.remote(max_retries=_RETRIES, num_cpus=1, num_gpus=1 if gpus else 0)(_task)
-    lanes = job.plan.lanes or default_lanes_per_device("gpu" if gpus else "cpu",
-                                                       *job.model.image_shape[:2])
-    chunks = _chunks(job, work, pairs=_CHUNK_LANES * lanes)
+    platform = "gpu" if gpus else "cpu"
+    lanes = job.plan.lanes or default_lanes_per_device(platform, *job.model.image_shape[:2])
+    chunks = _chunks(job, work, pairs=_CHUNK_LANES[platform] * lanes)
     pending: set[Any] = set()
     try:
         while True:

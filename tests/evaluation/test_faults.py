@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,11 @@ from gse_jax.evaluation import (
     StoreError,
     attacker,
     evaluate,
+    evaluator,
     forward,
     open_run,
 )
+from gse_jax.evaluation.job import set_up
 from tests.evaluation.small_run import (
     PLAN,
     ROOT,
@@ -169,6 +172,29 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     widths.clear()
     evaluate_small(tmp_path, dataclasses.replace(PLAN, lanes=4))
     assert widths == [2, 2]  # ... and for the next start.
+
+
+@pytest.mark.parametrize("lanes, devices, wish, expected", [
+    (2, 4, 4, 2), (8, 4, 16, 8),  # as many devices as now
+    (16, 8, 16, 8), (4, 1, 64, 16),  # two in each of eight; four in one
+    (4096, 8, None, None), (64, 1, None, None)])  # more than the default
+def test_remembered_lanes_are_those_of_a_device(tmp_path, monkeypatch, lanes, devices, wish, expected):
+    event = {"event": "out_of_memory", "lanes": lanes, "devices": devices, "device_kind": "cpu"}
+    monkeypatch.setattr(evaluator, "open_run", lambda _: types.SimpleNamespace(events=[event]))
+    assert evaluator._remembered_lanes(tmp_path, "cpu", wish, (32, 32, 3)) == expected
+
+
+def test_a_fill_that_settles_nothing_still_moves():
+    """Images that a resumed run reads and need not attack: the watchdog must see it, and SIGTERM be seen."""
+    apply_fn, params = model()
+    data = dataset()
+    job = set_up(UNTARGETED, (apply_fn, params), data)
+    classify = forward.Forward(params, apply_fn, data.images.shape[1:])
+    classify.batch, seen = 8, []
+    task = attacker.Attacker(job.model, job.groups[0], classify, num_samples=40, seed=0, lanes=1, on_settled=seen.append)
+    reads = [(job.reader.read(i), job.groups[0].cases) for i in range(40) if i % 10]  # all classified correctly
+    finished = [one for advance in task.run(reads, 36) for one in advance.attacked]
+    assert len(finished) == 36 and len(seen) == 5 and not any(advance.settled for advance in seen)
 
 
 @pytest.mark.slow  # the engine's own test of it is quick
