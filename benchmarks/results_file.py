@@ -51,8 +51,8 @@ def write(name, args, rows):
                 "python": platform.python_version(), "numpy": np.__version__}
     command = " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     command = command.replace(f" --out {args.out}", "")
-    record = {"command": command, "commit": _commit(), "date": datetime.date.today().isoformat(), "machine": machine, "versions": versions,
-              "load_average": os.getloadavg()[0], "rows": rows}
+    record = {"command": command, "commit": _commit(), "date": datetime.date.today().isoformat(),
+              "machine": machine, "versions": versions, "load_average": os.getloadavg()[0], "rows": rows}
     suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
     (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -15,8 +15,8 @@ def main(argv=None) -> int:
         argv: arguments; None for those of the process.
 
     Returns:
-        Exit code: 0 done, 2 wrong input (one line on stderr) or a success that `verify` does not confirm, 75 stopped by a signal with everything
-        finished stored, 130 interrupted.
+        Exit code: 0 done, 2 wrong input (one line on stderr) or a success that `verify` does not confirm, 75
+        stopped by a signal with everything finished stored, 130 interrupted.
     """
     args = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that cannot write every sign

@@ -81,7 +81,10 @@ class _Selected(Sequence):
 
 
 class _Images:
-    """The images of a `tfds.data_source`, encoded as they are stored: TFDS's own decoding takes colours as they come."""
+    """The images of a `tfds.data_source`, encoded as they are stored.
+
+    TFDS's own decoding takes the numbers of a palette for grey values, and CMYK for RGBA.
+    """
 
     def __init__(self, records: Any):
         self._records = records

@@ -149,7 +149,8 @@ def implicit_attack(
     given = jnp.asarray(adversarials)
     adversarials = given.astype(x.dtype)
     check_adversarials(adversarials, x, goal.bounds)
-    if given.dtype != x.dtype and jnp.issubdtype(given.dtype, jnp.floating):  # what was stored with other digits is no change
+    if given.dtype != x.dtype and jnp.issubdtype(given.dtype, jnp.floating):
+        # What was stored with other digits is no change.
         adversarials = jnp.where(changed_mask(x, given)[..., None], adversarials, x)
     solve = compiled(_solve, hashable(apply_fn), goal=goal, num_steps=num_steps, implicit=derivative == "implicit")
     return solve(params, x, goal.labels(samples), lax.stop_gradient(adversarials), jnp.asarray(damping, x.dtype))

@@ -156,8 +156,9 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
 
 
 def _needs_gradient(group: Group) -> bool:
-    bind = METHODS[group.method].bind
-    return not bind(group.settings, group.hyperparams, targeted=group.targeted, bounds=(0.0, 1.0), key=None).gradient_free
+    algorithm = METHODS[group.method].bind(group.settings, group.hyperparams, targeted=group.targeted,
+                                           bounds=(0.0, 1.0), key=None)
+    return not algorithm.gradient_free
 
 
 def manifest_of(job: Job, findings, created: str) -> dict[str, Any]:

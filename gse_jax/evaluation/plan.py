@@ -74,7 +74,8 @@ class Plan:
         bounds: (lowest, highest) pixel value of the images, as in `gse_jax.attack`.
         seed: of attacks that draw random numbers; every sample has its own key.
         expected_accuracy: clean accuracy that the model should have, for the pre-flight checks.
-        lanes: images worked on at a time; None for a default. Changes speed, not results (up to the model's own rounding).
+        lanes: images worked on at a time; None for a default. Changes speed, not results (up to the
+            model's own rounding).
     """
 
     data: str = ""

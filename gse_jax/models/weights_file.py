@@ -53,8 +53,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             continue
         if name in tensors:
             raise ValueError(f"weights: {path} holds {name} twice (with and without a prefix)")
-        if array.dtype.kind != "f" and array.dtype.name != "bfloat16" or not np.isfinite(as_float := array.astype("f4")).all():
-            raise ValueError(f"weights: {path}: {name} ({array.dtype}) must be finite floats (and bfloat16 in a safetensors file)")
+        floats = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        if not floats or not np.isfinite(as_float := array.astype("f4")).all():
+            raise ValueError(f"weights: {path}: {name} ({array.dtype}) must be finite floats (and bfloat16 in a "
+                             "safetensors file)")
         tensors[name] = as_float
     if not tensors:
         raise ValueError(f"weights: {path} holds no tensors")

@@ -49,6 +49,12 @@ def finish(*processes):
         assert process.returncode == 0, out + errors
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 # The session has four devices; test_evaluate.py resumes on two and four of them.
 @pytest.mark.slow
 def test_eight_devices(whole, tmp_path, cache):
@@ -59,17 +65,28 @@ def test_eight_devices(whole, tmp_path, cache):
 
 @pytest.mark.slow
 def test_two_processes_of_jax_distributed(whole, tmp_path, cache):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     finish(*(start(tmp_path / "run", cache=cache, engine="distributed", distributed={
-        "coordinator_address": f"localhost:{port}", "num_processes": 2, "process_id": i})
-        for i in range(2)))
+        "coordinator_address": address, "num_processes": 2, "process_id": i})
+        for address in [free_address()] for i in range(2)))
     run = same_runs(tmp_path / "run", whole)
     starts = {e["writer"]: e for e in run.events if e["event"] == "start"}
     assert {name: e["residue"] for name, e in starts.items()} == {
         "process-0-of-2": [0, 2], "process-1-of-2": [1, 2]}
     assert [e["remaining"] for e in starts.values()] == [60, 60]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_done_waits_for_the_others():
+    """One that leaves would end the others five minutes later."""
+    script = ("import sys, time, jax\nfrom gse_jax.evaluation.hosts import wait_for_others\n"
+              "jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n"
+              "for slow in (1, 0):\n    time.sleep(3 * (int(sys.argv[2]) == slow))\n    start = time.time()\n"
+              "    wait_for_others()\n    print(time.time() - start)\n")
+    address = free_address()
+    processes = [subprocess.Popen([sys.executable, "-c", script, address, str(i)], stdout=subprocess.PIPE, text=True)
+                 for i in range(2)]
+    waited = [list(map(float, process.communicate(timeout=120)[0].split())) for process in processes]
+    assert waited[0][0] > 2 > waited[0][1] and waited[1][1] > 2 > waited[1][0]
 
 
 @pytest.mark.slow

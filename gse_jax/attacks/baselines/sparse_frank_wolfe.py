@@ -13,9 +13,9 @@ Differs from the reference:
     of vertices may touch more than k pixels; then, where that fools the model or no steps are
     left, the image with the k largest entries of the mask is tested (one more forward pass) and returned.
     An image stops at its first success. The starting mask is the vertex at the starting perturbation, and both
-    follow the attack's direction (the published code starts targeted attacks as untargeted ones). The vertices of the perturbation lie in the
-    image's box (the GSE paper's code moves towards +-eps and clips the image after the step). The number of
-    halvings is capped, where the published loop may not end.
+    follow the attack's direction (the published code starts targeted attacks as untargeted ones). The vertices
+    of the perturbation lie in the image's box (the GSE paper's code moves towards +-eps and clips the image
+    after the step). The number of halvings is capped, where the published loop may not end.
 """
 
 import dataclasses

@@ -21,8 +21,8 @@ Differs from the reference:
     sees them, and norms are of the clipped y. An image is not scaled by the size of its batch, as in the GSE
     paper's code; the retraining step is the original's, on a support that is fixed for a run (there it shrinks
     within a run as the best y does), and the bounds on c begin anew before it (in the GSE paper's code they do
-    not). Without a success there is no support, and no retraining. The preset "original" has cells of 2 x 2 for images of any size, where the code takes 13 x 13 above 32 pixels: set `cell_size`. Rows and
-    columns that do not fill a cell are thresholded as a smaller one (there left as they are). Two savings change
+    not). Without a success there is no support, and no retraining. The preset "original" has cells of 2 x 2
+    for images of any size, where the code takes 13 x 13 above 32 pixels: set `cell_size`. Rows and columns that do not fill a cell are thresholded as a smaller one (there left as they are). Two savings change
     results by rounding only: y is tested only where that could change something, so not while it is
     zero or longer than the best one; and the gradient of the margin is zero beyond the boundary, where
     87 % of the points lie on CIFAR-10 images, so it is taken only at the others, from the forward
@@ -229,7 +229,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         params = type(hyperparams)(*(jnp.asarray(h, state.c.dtype) for h in hyperparams))
         again, limits = retraining(state), box(state.sample, params)
         tests = state.testing | again
-        sloped = ~state.testing & ((evaluation.loss != 0.0) | jnp.any(evaluation.gradient != 0.0))  # 0 where classes tie
+        # Also where classes tie: there is no loss there.
+        sloped = (evaluation.loss != 0.0) | jnp.any(evaluation.gradient != 0.0)
+        sloped &= ~state.testing
         here = point(state)
         score = jnp.where(tests, l2_squared(state.sample, here), jnp.inf)
         fools = is_success(state.record, state.sample, evaluation, here, targeted)
