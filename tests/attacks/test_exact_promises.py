@@ -94,9 +94,10 @@ def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
     assert int(moved.status) == Status.FOUND
     # The same in GSE, whose iterate can be zero again.
     algorithm = GSE.bind(*gse_jax.preset("gse", "cifar10"), targeted=False, bounds=(0.0, 1.0))
-    state = algorithm.step(algorithm.init(sample), right)
+    step = jax.jit(algorithm.step)
+    state = step(algorithm.init(sample), right)
     state = state._replace(iterate=state.iterate._replace(w=jnp.zeros_like(x)))
-    assert not algorithm.step(state, wrong).search.found
+    assert not step(state, wrong).search.found
     assert not np.asarray(changed_mask(x[None], algorithm.query(state)[None])).any()
 
 

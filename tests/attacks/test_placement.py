@@ -43,7 +43,7 @@ def test_a_hinged_attack_on_a_model_that_names_positions_in_the_batch():
     np.testing.assert_allclose(named.adversarials, plain.adversarials, atol=1e-9)
 
 
-@pytest.mark.parametrize("key", [jax.random.key(7, impl="rbg"), 7])
+@pytest.mark.parametrize("key", [jax.random.key(7, impl="rbg"), pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["pgd", pytest.param("sparse_rs", marks=pytest.mark.slow)])
 def test_random_numbers_are_the_image_s_own_whatever_the_kind_of_key(method, key):
     params, apply_fn, x, y = toy()
@@ -78,6 +78,7 @@ def test_under_the_callers_mesh(method):
     np.testing.assert_array_equal(meshed.adversarials, plain.adversarials)
 
 
+@pytest.mark.slow
 def test_a_coarse_loop_on_images_that_an_explicit_mesh_splits():
     params, apply_fn, x, y = toy()
     settings = gse_jax.GSESettings(num_runs=1, max_steps=3, phase1_steps=2)
