@@ -160,9 +160,8 @@ class _Dealer:
         self.fill(room)
         fresh, self.stock = self.stock[:room], self.stock[room:]
         waiting = returned + fresh
-        depth = np.asarray(at_work)[:, None] + np.arange(places)
-        device = np.argsort(depth.T.ravel(), kind="stable")[:len(waiting)] % self._devices
-        self._dealt = [[waiting[i] for i in np.flatnonzero(device == d)] for d in range(self._devices)]
+        rank = np.argsort(np.argsort(at_work, kind="stable"))
+        self._dealt = [waiting[int(first)::self._devices] for first in rank]
         # Padding repeats some image: what idle lanes compute in vain stays finite.
         self._padding = waiting[0] if waiting else self._padding
         ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
