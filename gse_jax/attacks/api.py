@@ -79,8 +79,8 @@ def attack(
         that do not fit into an accelerator's memory stay NumPy arrays, with a warning.
 
     Runs on all local devices (on JAX's default device, where one is set) and returns to the host now and
-    then. Under the caller's `jit`, `vmap` or `shard_map(..., check_vma=False)` it is one compiled loop on whatever device the
-    caller's program runs.
+    then. Under the caller's `jit`, `vmap` or `shard_map(..., check_vma=False)` it is one compiled loop on
+    whatever device the caller's program runs.
 
     Raises:
         TypeError: for a wrong dtype or type of an argument.

@@ -198,8 +198,10 @@ def _plain(value):
         return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, (range, set, frozenset, np.ndarray)):
-        value = tuple(value) if not isinstance(value, (set, frozenset)) else tuple(sorted(value))
+    if isinstance(value, (set, frozenset)):
+        value = tuple(sorted(value))
+    if isinstance(value, (range, np.ndarray)):
+        value = tuple(value)
     if isinstance(value, (tuple, list)):
         return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
     if isinstance(value, AttackPlan):

@@ -144,8 +144,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
             * largest_active_tradeoff(clean_gradient, params.step_size))
         ended = select(clean, first, run_ended(state.search, succeeded))
         begin = clean | succeeded | failed
-        search = select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings,
-                                               params), state.search)
+        search = select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings, params),
+                        state.search)
         over = search.run >= settings.num_runs
 
         # Iteration k of the current run, or iteration 0 of the next one from the clean gradient.
