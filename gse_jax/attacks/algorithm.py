@@ -118,7 +118,8 @@ class Method(NamedTuple):
     """One row of the registry.
 
     Attributes:
-        bind: see `Bind`. `hyperparams` may be traced, everything else is static but `key`.
+        bind: see `Bind`. `hyperparams` are arrays [] of the images' dtype and may be traced, everything else is
+            static but `key`.
         preset: (domain, targeted) -> (settings, hyperparams); raises ValueError for a domain that
             it does not know.
         check: (settings, hyperparams, image_shape) -> None; raises ValueError in one line for a

@@ -28,9 +28,9 @@ from tests.toy_model import linear_logits, toy
 def states_of(method, settings, steps, hyperparams=None, targeted=False):
     """The attack's states over some steps on the toy images, and the bounds' half width 1."""
     params, apply_fn, x, y = toy()
-    default = gse_jax.preset(method, "gse_paper", targeted)[1]
-    algorithm = METHODS[method].bind(settings, hyperparams or default, targeted=targeted,
-                                     bounds=(-1.0, 1.0), key=jax.random.key(0))
+    hyperparams = jax.tree.map(jnp.asarray, hyperparams or gse_jax.preset(method, "gse_paper", targeted)[1])
+    algorithm = METHODS[method].bind(settings, hyperparams, targeted=targeted, bounds=(-1.0, 1.0),
+                                     key=jax.random.key(0))
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
     advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
         s, evaluate(algorithm, lambda x: apply_fn(params, x), s)[0]))

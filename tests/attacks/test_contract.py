@@ -121,6 +121,7 @@ def test_table_covers_the_registry():
 def test_step_keeps_structure_shapes_and_dtypes(row, dtype, shape):
     method = row.split()[0]
     _, hyperparams = gse_jax.preset(method, "cifar10", targeted=False)
+    hyperparams = jax.tree.map(lambda h: jnp.asarray(h, dtype), hyperparams)
     algorithm = METHODS[method].bind(TABLE[row].settings, hyperparams, targeted=False,
                                      bounds=(0.0, 1.0), key=jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)

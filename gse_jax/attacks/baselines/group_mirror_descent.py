@@ -153,7 +153,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def init(sample: Sample) -> GSMDState:
         w, zero = jnp.zeros_like(sample.x), jnp.zeros((), sample.x.dtype)
-        return GSMDState(sample, w, jnp.asarray(hyperparams.budget, w.dtype), zero,
+        return GSMDState(sample, w, hyperparams.budget, zero,
                          jnp.ones(w.shape[:2], bool), jnp.zeros((), jnp.int32),
                          start_record(sample))
 
@@ -166,7 +166,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: GSMDState, evaluation) -> GSMDState:
         x, label = state.sample.x, wanted_label(state.sample, targeted)
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         cells = (state.sample.segments if superpixels
                  else grid_cells(*x.shape[:2], settings.cells_per_axis))
         adversarial = is_adversarial(evaluation.logits, label, targeted=targeted)
@@ -176,11 +175,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                       pixels + norm / (1.0 + norm), state.step >= settings.max_steps,
                       targeted=targeted)
 
-        budget = state.budget * jnp.where(adversarial, 1.0 - params.rate, 1.0 + params.rate)
+        budget = state.budget * jnp.where(adversarial, 1.0 - hyperparams.rate, 1.0 + hyperparams.rate)
         budget = jnp.maximum(budget, _SMALLEST_BUDGET)
         gradient = evaluation.gradient * scale
         squares = state.squares + jnp.max(gradient * gradient)
-        move = params.learning_rate / jnp.sqrt(squares + _TINY) * gradient
+        move = hyperparams.learning_rate / jnp.sqrt(squares + _TINY) * gradient
         w = project(to_dual(state.w) - move, cells, budget, (low - x) / scale, (high - x) / scale)
 
         # The surer the model is of the label, the fewer cells are kept.

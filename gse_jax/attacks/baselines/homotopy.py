@@ -189,15 +189,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: HomotopyState, evaluation) -> HomotopyState:
         x, trial = state.sample.x, state.search.trial
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         groups = count_groups(trial, state.sample.segments).astype(x.dtype)
         got = Looked(trial, evaluation.loss, scale * evaluation.gradient, groups,
                      is_success(state.record, state.sample, evaluation, point(state), targeted))
         search = advance(state.search, got, state.record.forward_evals == 0,
-                         jnp.maximum((low - x) / scale, -params.radius),
-                         jnp.minimum((high - x) / scale, params.radius), state.sample.segments,
-                         state.entries, settings, params)
-        score = groups + 0.5 * jnp.max(jnp.abs(trial)) / params.radius
+                         jnp.maximum((low - x) / scale, -hyperparams.radius),
+                         jnp.minimum((high - x) / scale, hyperparams.radius), state.sample.segments,
+                         state.entries, settings, hyperparams)
+        score = groups + 0.5 * jnp.max(jnp.abs(trial)) / hyperparams.radius
         record = note(state.record, state.sample, evaluation, point(state), score,
                       search.phase == OVER, targeted=targeted)
         best_tradeoff = jnp.where(record.score < state.record.score, state.search.tradeoff,

@@ -148,8 +148,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return ce if targeted else -ce
 
     def vertex(gradient):
-        radius = jnp.asarray(hyperparams.radius, gradient.dtype)
-        found = nuclear_group_vertex(gradient * scale, settings.patch_size, radius)
+        found = nuclear_group_vertex(gradient * scale, settings.patch_size, hyperparams.radius)
         return jnp.where(jnp.all(jnp.isfinite(gradient)), found, jnp.nan)
 
     def step(state: FWnuclState, evaluation) -> FWnuclState:

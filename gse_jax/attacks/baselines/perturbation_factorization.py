@@ -172,7 +172,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def init(sample: Sample) -> SAPFState:
         scalar, count = jnp.zeros((), sample.x.dtype), jnp.zeros((), jnp.int32)
         return SAPFState(sample, jnp.zeros_like(sample.x), jnp.ones_like(sample.x[..., 0]),
-                         no_duals(sample.x), count, jnp.asarray(hyperparams.tradeoff, scalar.dtype),
+                         no_duals(sample.x), count, hyperparams.tradeoff,
                          scalar, scalar + jnp.inf, jnp.zeros((), bool), count, scalar,
                          start_record(sample))
 
@@ -186,7 +186,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return margin_loss(logits, wanted_label(state.sample, targeted), targeted=targeted)
 
     def step(state: SAPFState, evaluation) -> SAPFState:
-        params = type(hyperparams)(*(jnp.asarray(h, state.tradeoff.dtype) for h in hyperparams))
         here, wished = point(state), unclipped(state)
         tuning = state.step >= search_steps  # only there the selection is binary and in budget
         score = jnp.where(tuning, jnp.sum(((here - state.sample.x) / scale) ** 2), jnp.inf)
@@ -194,7 +193,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         better = success & (score < state.record.score)
         succeeded, ended = state.succeeded | success, state.step >= last_step
         done = (state.run + 1 >= settings.num_searches) | (
-            succeeded & (state.tradeoff < _SMALLEST * params.tradeoff))
+            succeeded & (state.tradeoff < _SMALLEST * hyperparams.tradeoff))
         record = note(state.record, state.sample, evaluation, here, score, ended & done,
                       targeted=targeted)
 
@@ -206,12 +205,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         selecting = ~tuning & (part >= settings.magnitude_steps)
         chosen, duals = selection_step(
             state.selection, select(part == settings.magnitude_steps, no_duals(here), state.duals),
-            state.magnitude, gradient, state.sample.segments, settings.num_pixels, params,
+            state.magnitude, gradient, state.sample.segments, settings.num_pixels, hyperparams,
             whole * settings.selection_steps + part - settings.magnitude_steps)
         chosen = jnp.where(state.step + 1 == search_steps,
                            binary_selection(chosen, settings.num_pixels), chosen)
         moved = magnitude_step(
-            state.magnitude, state.selection, gradient, params,
+            state.magnitude, state.selection, gradient, hyperparams,
             jnp.where(tuning, state.step - settings.rounds * settings.selection_steps,
                       whole * settings.magnitude_steps + part))
         after = state._replace(

@@ -160,7 +160,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         if not settings.random_start:
             return jnp.zeros_like(sample.x)
         drawn = random_point(key_of(key, sample, restart), sample.x.shape, sample.x.dtype,
-                             settings.norm, jnp.asarray(hyperparams.radius, sample.x.dtype))
+                             settings.norm, hyperparams.radius)
         return inside(drawn, sample)
 
     def init(sample: Sample) -> PGDState:
@@ -175,7 +175,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         return -ce if targeted else ce
 
     def step(state: PGDState, evaluation) -> PGDState:
-        dtype = state.w.dtype
         success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
         exhausted = ~clean & (state.step == settings.max_steps)
@@ -183,16 +182,15 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         begin = exhausted | clean if settings.random_start else exhausted
         restart = state.restart + exhausted.astype(jnp.int32)
         over = success | (exhausted & (restart >= settings.num_restarts))
-        moved = inside(ascend(state.w, evaluation.gradient, settings.norm,
-                              jnp.asarray(hyperparams.radius, dtype),
-                              jnp.asarray(hyperparams.step_size, dtype)), state.sample)
+        moved = inside(ascend(state.w, evaluation.gradient, settings.norm, hyperparams.radius,
+                              hyperparams.step_size), state.sample)
         fresh = start(state.sample, restart)
         return PGDState(
             sample=state.sample,
             w=jnp.where(begin, fresh, moved),
             step=jnp.where(begin, 0, state.step + 1),
             restart=restart,
-            record=note(state.record, state.sample, evaluation, point(state), jnp.zeros((), dtype),
+            record=note(state.record, state.sample, evaluation, point(state), jnp.zeros((), state.w.dtype),
                         over, targeted=targeted),
         )
 

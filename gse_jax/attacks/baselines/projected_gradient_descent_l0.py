@@ -115,15 +115,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
     def project(sample: Sample, image):
         clean = unit(sample)
         if settings.sigma_map:
-            kappa = jnp.asarray(hyperparams.kappa, image.dtype)
-            return project_sparse_sigma(image, clean, sigma_map(clean), settings.num_pixels, kappa)
+            return project_sparse_sigma(image, clean, sigma_map(clean), settings.num_pixels, hyperparams.kappa)
         return clean + project_sparse_box(image - clean, settings.num_pixels, -clean, 1.0 - clean)
 
     def start(sample: Sample, restart):
         draw = jax.random.uniform(key_of(key, sample, restart), sample.x.shape, sample.x.dtype)
         if not settings.sigma_map:
             return project(sample, draw)
-        clean, kappa = unit(sample), jnp.asarray(hyperparams.kappa, draw.dtype)
+        clean, kappa = unit(sample), hyperparams.kappa
         if sample.x.shape[-1] == 1:  # uniform in what one channel may reach, as published
             reach = kappa * sigma_map(clean)
             low_end, high_end = jnp.maximum(-reach, -clean), jnp.minimum(reach, 1.0 - clean)
@@ -144,7 +143,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         return -ce if targeted else ce
 
     def step(state: PGD0State, evaluation) -> PGD0State:
-        dtype = state.image.dtype
         success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
         exhausted = ~clean & (state.step == settings.max_steps)
@@ -153,14 +151,14 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         gradient = width * evaluation.gradient
         # 1e-10: the floor of the reference's normalisation, for images of range width 1.
         total = jnp.sum(jnp.abs(gradient)) + 1e-10
-        moved = state.image + (jnp.asarray(hyperparams.step_size, dtype) / total) * gradient
+        moved = state.image + (hyperparams.step_size / total) * gradient
         begin = clean | exhausted
         return PGD0State(
             sample=state.sample,
             image=jnp.where(begin, start(state.sample, restart), project(state.sample, moved)),
             step=jnp.where(begin, 0, state.step + 1),
             restart=restart,
-            record=note(state.record, state.sample, evaluation, point(state), jnp.zeros((), dtype),
+            record=note(state.record, state.sample, evaluation, point(state), jnp.zeros((), state.image.dtype),
                         over, targeted=targeted),
         )
 

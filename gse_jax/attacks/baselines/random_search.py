@@ -132,8 +132,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
     budget = settings.num_pixels
 
     def move(sample: Sample, pattern, query, restart, begin):
-        alpha = jnp.asarray(hyperparams.alpha, sample.x.dtype)
-        fraction = moves.redrawn_fraction(settings.kind, query, settings.max_queries, alpha)
+        fraction = moves.redrawn_fraction(settings.kind, query, settings.max_queries, hyperparams.alpha)
         now = key_of(key, sample, restart, query)
         if settings.kind == "l0":
             return moves.move_pixels(now, pattern, budget, fraction, begin)

@@ -120,8 +120,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def init(sample: Sample) -> SigmaZeroState:
         zero = jnp.zeros_like(sample.x)
-        threshold = jnp.asarray(hyperparams.threshold, zero.dtype)
-        return SigmaZeroState(sample, zero, zero, zero, threshold, jnp.zeros((), jnp.int32),
+        return SigmaZeroState(sample, zero, zero, zero, hyperparams.threshold, jnp.zeros((), jnp.int32),
                               start_record(sample))
 
     def point(state: SigmaZeroState):
@@ -132,26 +131,25 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: SigmaZeroState, evaluation) -> SigmaZeroState:
         x, w = state.sample.x, state.w
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         record = note(state.record, state.sample, evaluation, point(state),
                       jnp.sum(w != 0.0, dtype=x.dtype), state.step == settings.max_steps,
                       targeted=targeted)
 
-        gradient = evaluation.gradient * width + smooth_l0_gradient(w, params.sigma)
+        gradient = evaluation.gradient * width + smooth_l0_gradient(w, hyperparams.sigma)
         # 1e-12: the floor of the reference's normalisation.
         gradient = gradient / jnp.maximum(jnp.max(jnp.abs(gradient)), 1e-12)
         count = (state.step + 1).astype(x.dtype)
         mean = _DECAY1 * state.mean + (1.0 - _DECAY1) * gradient
         square = _DECAY2 * state.square + (1.0 - _DECAY2) * gradient**2
-        rate = learning_rate_at(state.step, settings.max_steps, params.learning_rate)
+        rate = learning_rate_at(state.step, settings.max_steps, hyperparams.learning_rate)
         direction = (mean / (1.0 - _DECAY1**count)) / (
             jnp.sqrt(square / (1.0 - _DECAY2**count)) + _OFFSET)
         moved = jnp.clip(w - rate * direction, (low - x) / width, (high - x) / width)
 
         adversarial = is_adversarial(evaluation.logits, wanted_label(state.sample, targeted),
                                      targeted=targeted)
-        change = params.threshold_rate * learning_rate_at(state.step + 1, settings.max_steps,
-                                                          params.learning_rate)
+        change = hyperparams.threshold_rate * learning_rate_at(state.step + 1, settings.max_steps,
+                                                               hyperparams.learning_rate)
         threshold = jnp.clip(state.threshold + jnp.where(adversarial, change, -change), 0.0, 1.0)
         return SigmaZeroState(state.sample, jnp.where(jnp.abs(moved) < threshold, 0.0, moved), mean,
                               square, threshold, state.step + 1, record)

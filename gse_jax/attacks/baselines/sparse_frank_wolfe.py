@@ -183,9 +183,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return ce if targeted else -ce
 
     def vertices(sample: Sample, gradient, p, s):
-        radius = jnp.asarray(hyperparams.radius, p.dtype)
-        lower = jnp.maximum((low - sample.x) / width, -radius)
-        upper = jnp.minimum((high - sample.x) / width, radius)
+        lower = jnp.maximum((low - sample.x) / width, -hyperparams.radius)
+        upper = jnp.minimum((high - sample.x) / width, hyperparams.radius)
         return vertices_at(gradient, p, s, lower, upper, budget)
 
     def step(state: SAIFState, evaluation) -> SAIFState:

@@ -236,15 +236,13 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         return jax.random.normal(key_of(key, sample, 1, step), shape, sample.x.dtype)
 
     def inside(sample: Sample, w):
-        radius = jnp.asarray(hyperparams.radius, w.dtype)
-        return jnp.clip(jnp.clip(w, -radius, radius), (low - sample.x) / width,
-                        (high - sample.x) / width)
+        w = jnp.clip(w, -hyperparams.radius, hyperparams.radius)
+        return jnp.clip(w, (low - sample.x) / width, (high - sample.x) / width)
 
     def init(sample: Sample) -> SparsePGDState:
         zero, x = jnp.zeros((), jnp.int32), sample.x
         start = jax.random.uniform(key_of(key, sample, 0), x.shape, x.dtype, -1.0, 1.0)
-        start = start * jnp.asarray(hyperparams.radius, x.dtype)
-        return SparsePGDState(sample, inside(sample, start), draw_scores(sample, zero), zero, zero,
+        return SparsePGDState(sample, inside(sample, start * hyperparams.radius), draw_scores(sample, zero), zero, zero,
                               start_record(sample))
 
     def point(state: SparsePGDState):
@@ -259,7 +257,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
 
     def step(state: SparsePGDState, evaluation) -> SparsePGDState:
         x = state.sample.x
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         clean = state.record.forward_evals == 0
         success = is_success(state.record, state.sample, evaluation, point(state), targeted)
         over = success | (~clean & (state.step >= settings.max_steps))
@@ -268,11 +265,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         kept = kept_blocks(state.scores, settings, x.shape)
         reach = spread(soft if settings.unprojected else kept.astype(x.dtype), settings, x.shape)
         moved = inside(state.sample, state.w
-                       + params.step_size * params.radius * jnp.sign(gradient * reach))
+                       + hyperparams.step_size * hyperparams.radius * jnp.sign(gradient * reach))
 
         gain = gain_of(gradient, state.w, settings) * soft * (1.0 - soft)
         length = jnp.sqrt(jnp.sum(gain * gain))
-        rate = jnp.where(length < _VANISHED, 0.0, gain.size**0.5 * params.mask_step_size)
+        rate = jnp.where(length < _VANISHED, 0.0, gain.size**0.5 * hyperparams.mask_step_size)
         scores = state.scores + rate * gain / (length + _FLOOR)
 
         same = jnp.all(kept_blocks(scores, settings, x.shape) == kept)

@@ -196,9 +196,9 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     scale = 0.5 * (high - low)
     num_runs = settings.num_searches + settings.num_retrainings
 
-    def box(sample: Sample, params):
-        return (jnp.maximum((low - sample.x) / scale, -params.radius),
-                jnp.minimum((high - sample.x) / scale, params.radius))
+    def box(sample: Sample):
+        return (jnp.maximum((low - sample.x) / scale, -hyperparams.radius),
+                jnp.minimum((high - sample.x) / scale, hyperparams.radius))
 
     def clipped(sample: Sample, w):
         return jnp.clip(sample.x + scale * jnp.clip(w, -hyperparams.radius, hyperparams.radius), low, high)
@@ -208,7 +208,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         count = jnp.zeros((), jnp.int32)
         return StrAttackState(
             sample, Blocks(zero, zero, zero, zero, zero), jnp.zeros(zero.shape, bool),
-            jnp.asarray(hyperparams.c, zero.dtype), scalar, scalar + jnp.inf,
+            hyperparams.c, scalar, scalar + jnp.inf,
             jnp.zeros((), bool), count, count, count, count, jnp.zeros((), bool), scalar,
             start_record(sample))
 
@@ -226,8 +226,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return margin_loss(logits, wanted_label(state.sample, targeted), targeted=targeted)
 
     def step(state: StrAttackState, evaluation) -> StrAttackState:
-        params = type(hyperparams)(*(jnp.asarray(h, state.c.dtype) for h in hyperparams))
-        again, limits = retraining(state), box(state.sample, params)
+        again, limits = retraining(state), box(state.sample)
         tests = state.testing | again
         # Also where classes tie: there is no loss there.
         sloped = (evaluation.loss != 0.0) | jnp.any(evaluation.gradient != 0.0)
@@ -240,7 +239,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
         # A test asks for success alone.
         gradient = jnp.where(sloped, state.c * evaluation.gradient * scale, 0.0)
-        retrained = retraining_step(state.blocks, gradient, state.support, *limits, params)
+        retrained = retraining_step(state.blocks, gradient, state.support, *limits, hyperparams)
         length = jnp.where(again, settings.retrain_steps,
                            settings.max_steps + settings.more_steps * state.run)
         done = state.step + tests.astype(jnp.int32)  # an iteration is complete with its test
@@ -249,7 +248,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         for number in range(settings.gradient_interval):
             goes_on = (ahead > 0) & ~test_next & (done < length)
             slope = gradient if number == 0 else jnp.zeros_like(gradient)
-            moved = admm_step(searched, slope, done, *limits, params, settings.cell_size)
+            moved = admm_step(searched, slope, done, *limits, hyperparams, settings.cell_size)
             candidate = clipped(state.sample, moved.y)
             changed = l2_squared(state.sample, candidate)
             # Of a longer y, or of the clean image, the test would change nothing.
@@ -274,7 +273,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             best_c=jnp.where(better, state.c, state.best_c),
             record=note(state.record, state.sample, evaluation, here, score, last,
                         targeted=targeted, took_gradient=sloped))
-        return select(ended, begin_run(moved, settings, params, limits, scale), moved)
+        return select(ended, begin_run(moved, settings, hyperparams, limits, scale), moved)
 
     return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
                      lambda state: outcome_of(state.record, state.best_c),

@@ -122,7 +122,6 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
 
     def step(state: GSEState, evaluation: Evaluation) -> GSEState:
         x = state.sample.x
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         gradient = evaluation.gradient * scale
         adversarial = is_adversarial(evaluation.logits, wanted_label(state.sample, targeted), targeted=targeted)
         # Of an adversarial image the gradient is not used.
@@ -140,11 +139,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)
         better = succeeded & (patches < state.best_patches)
         first = start_search(
-            start if start is not None else params.initial_fraction
-            * largest_active_tradeoff(clean_gradient, params.step_size))
+            start if start is not None else hyperparams.initial_fraction
+            * largest_active_tradeoff(clean_gradient, hyperparams.step_size))
         ended = select(clean, first, run_ended(state.search, succeeded))
         begin = clean | succeeded | failed
-        search = select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings, params),
+        search = select(begin, skip_dead_runs(ended, jnp.max(jnp.abs(clean_gradient)), settings, hyperparams),
                         state.search)
         over = search.run >= settings.num_runs
 
@@ -152,8 +151,8 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
         now = select(begin, start_run(x.shape, search.tradeoff), state.iterate)
         moved = iterate(now, jnp.where(begin, clean_gradient, gradient),
                         (low - x) / scale, (high - x) / scale, start=search.tradeoff,
-                        step_size=step_size_of(search, settings, params),
-                        settings=settings, hyperparams=params)
+                        step_size=step_size_of(search, settings, hyperparams),
+                        settings=settings, hyperparams=hyperparams)
 
         # The last iterate of a run is asked for its prediction only.
         used = finite & ~(succeeded | failed | (clean & adversarial))

@@ -180,25 +180,25 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     # Only supports depend on the scale of the blur.
     scales = settings.scales if {"shrink", "relocate", "thin"} & set(moves) else (1.0,)
 
-    def measured(state: RefineState, evaluation: Evaluation, params) -> Anchor:
+    def measured(state: RefineState, evaluation: Evaluation) -> Anchor:
         image, x = state.walk.point, state.sample.x
         w = (image - x) / unit
         mask = jnp.any(image != x, axis=-1)
         l2 = jnp.sqrt(jnp.sum(w * w))
         as_float = lambda count: count.astype(x.dtype)
         score = jnp.stack([
-            excess_over_caps(image, x, params, bounds),
+            excess_over_caps(image, x, hyperparams, bounds),
             as_float(count_patches(mask, settings.patch_size)),
             as_float(count_clusters(mask[None])[0][0]), as_float(jnp.sum(mask, dtype=jnp.int32)), l2])
         return Anchor(image, evaluation.gradient * unit, evaluation.loss, score)
 
-    def judged(state: RefineState, here: Anchor, adversarial, params):
+    def judged(state: RefineState, here: Anchor, adversarial):
         """Enter the evaluation: (state with anchors and counters, whether to propose anew)."""
         walk, opening = state.walk, state.evals == 0
         succeeded = adversarial & (opening | _precedes(
             here.score, state.current.score, settings.objective))
         repairs = walk.repairs + 1
-        hopeless = (repairs >= _PATIENT_STEPS) & (here.margin > params.patience * walk.first_margin)
+        hopeless = (repairs >= _PATIENT_STEPS) & (here.margin > hyperparams.patience * walk.first_margin)
         failed = ~succeeded & (adversarial | (repairs >= settings.max_repairs) | hopeless)
         # With the caps not yet kept there is nothing smaller to look for.
         failed &= (state.current.score[EXCESS] == 0.0) | adversarial
@@ -240,11 +240,11 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             round=walk.round + _as_int(ended))
         return state._replace(current=select(ended, state.origin, state.current), walk=walk)
 
-    def moved(state: RefineState, here: Anchor, anew, evaluation, params) -> RefineState:
+    def moved(state: RefineState, here: Anchor, anew, evaluation) -> RefineState:
         """Choose the image that is evaluated next."""
         walk, current, x = state.walk, state.current, state.sample.x
-        lower = jnp.maximum((low - x) / unit, -params.max_linf)
-        upper = jnp.minimum((high - x) / unit, params.max_linf)
+        lower = jnp.maximum((low - x) / unit, -hyperparams.max_linf)
+        upper = jnp.minimum((high - x) / unit, hyperparams.max_linf)
         mask = jnp.any(current.image != x, axis=-1)
         sigma = jnp.asarray(scales, x.dtype)[walk.round % len(scales)]
         proposal = propose(
@@ -256,7 +256,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         support = jnp.where(anew, outside | proposal.support, walk.support)
         given_up = jnp.where(anew, proposal.given_up, walk.given_up)
         is_scale = jnp.asarray([m == "scale" for m in moves])[walk.move] & ~outside
-        radius = jnp.minimum(params.max_l2, jnp.where(
+        radius = jnp.minimum(hyperparams.max_l2, jnp.where(
             is_scale, current.score[L2] * (1.0 - walk.fraction), jnp.inf))
 
         base = select(anew, current, here)
@@ -266,7 +266,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         w = clip_to_caps(jnp.where(is_scale, 0.5, 1.0) * before, lower, upper, radius)
         off = jnp.where(support[..., None], w, 0.0) - before
         margin = base.margin + jnp.sum(base.gradient * off)
-        beyond = params.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
+        beyond = hyperparams.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
         w = step_to_boundary(w, base.gradient, margin, support, lower, upper, radius, beyond, last_digit(x, low, high))
         changed = jnp.any(w != 0.0, axis=-1, keepdims=True)
         point = jnp.where(changed, jnp.clip(x + unit * w, low, high), x)
@@ -274,16 +274,15 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: RefineState, evaluation: Evaluation) -> RefineState:
         x = state.sample.x
-        params = type(hyperparams)(*(jnp.asarray(h, x.dtype) for h in hyperparams))
         adversarial = is_adversarial(evaluation.logits, wanted_label(state.sample, targeted), targeted=targeted)
         finite = jnp.isfinite(evaluation.loss) & jnp.all(jnp.isfinite(evaluation.gradient))
         finite &= jnp.all(jnp.isfinite(evaluation.logits))
-        here = measured(state, evaluation, params)
+        here = measured(state, evaluation)
         opening = state.evals == 0
         # At an image that is not changed only rounding turns the prediction.
-        judged_state, anew = judged(state, here, adversarial & jnp.any(here.image != x), params)
+        judged_state, anew = judged(state, here, adversarial & jnp.any(here.image != x))
         chosen = select(anew, next_move(judged_state), judged_state)
-        state = moved(chosen, here, anew, evaluation, params)
+        state = moved(chosen, here, anew, evaluation)
         evals = state.evals + 1
 
         over = (evals >= state.budget) | (state.walk.round >= len(scales))
