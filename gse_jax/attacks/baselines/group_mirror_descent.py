@@ -191,8 +191,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return GSMDState(state.sample, jnp.where(kept[..., None], w, 0.0), budget, squares, kept,
                          state.step + 1, record)
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record))
+    return Algorithm(init, point, loss, step, is_over, outcome_of)
 
 
 GSMD = Method(bind=bind, preset=configuration.chooser("gsmd", PRESETS), check=check, segment=segment)

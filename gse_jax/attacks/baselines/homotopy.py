@@ -203,8 +203,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                                   state.best_tradeoff)
         return HomotopyState(state.sample, state.entries, search, record, best_tradeoff)
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record, state.best_tradeoff))
+    return Algorithm(init, point, loss, step, is_over, lambda state: outcome_of(state, state.best_tradeoff))
 
 
 HOMOTOPY = Method(bind=bind, preset=configuration.chooser("homotopy", PRESETS), check=check, segment=segment)

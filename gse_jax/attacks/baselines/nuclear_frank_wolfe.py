@@ -177,8 +177,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                         targeted=targeted, took_gradient=at_iterate),
         )
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record),
+    return Algorithm(init, point, loss, step, is_over, outcome_of,
                      wants_gradient=lambda state: ~state.searching, direction=vertex)
 
 

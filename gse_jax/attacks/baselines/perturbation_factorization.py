@@ -220,8 +220,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
             best_tradeoff=jnp.where(better, state.tradeoff, state.best_tradeoff), record=record)
         return select(ended, begin_run(after), after)
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record, to_width_2 * state.best_tradeoff))
+    return Algorithm(init, point, loss, step, is_over, lambda state: outcome_of(state, to_width_2 * state.best_tradeoff))
 
 
 def begin_run(state: SAPFState) -> SAPFState:

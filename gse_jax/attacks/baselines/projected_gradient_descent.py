@@ -194,8 +194,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                         over, targeted=targeted),
         )
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record))
+    return Algorithm(init, point, loss, step, is_over, outcome_of)
 
 
 PGD = Method(bind=bind, preset=configuration.chooser("pgd", PRESETS), check=check)

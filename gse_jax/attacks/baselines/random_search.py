@@ -179,9 +179,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                         over, targeted=targeted, took_gradient=False),
         )
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record),
-                     gradient_free=True)
+    return Algorithm(init, point, loss, step, is_over, outcome_of, gradient_free=True)
 
 
 SPARSE_RS = Method(bind=bind, preset=configuration.chooser("sparse_rs", PRESETS), check=check)

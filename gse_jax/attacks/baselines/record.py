@@ -109,28 +109,29 @@ def note(record: Record, sample: Sample, evaluation: Evaluation, point, score, o
     )
 
 
-def is_over(record: Record):
-    """Tell whether the image is finished.
+def is_over(state):
+    """Tell whether the image is finished; `Algorithm.done` of all compared attacks.
 
     Args:
-        record: the record.
+        state: with a `record`.
 
     Returns:
         [] bool.
     """
-    return record.status != RUNNING
+    return state.record.status != RUNNING
 
 
-def outcome_of(record: Record, tradeoff=None) -> Outcome:
-    """Return the per-image result.
+def outcome_of(state, tradeoff=None) -> Outcome:
+    """Return the per-image result; `Algorithm.finish`.
 
     Args:
-        record: the record of a finished image.
+        state: with the `record` of a finished image.
         tradeoff: [] weight that gave the best image; None where the attack has none.
 
     Returns:
         Outcome.
     """
+    record = state.record
     tradeoff = jnp.zeros_like(record.score) if tradeoff is None else tradeoff
     return Outcome(record.best, fools(record.status), record.status, record.gradient_evals,
                    record.forward_evals, tradeoff)

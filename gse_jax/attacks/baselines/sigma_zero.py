@@ -154,8 +154,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         return SigmaZeroState(state.sample, jnp.where(jnp.abs(moved) < threshold, 0.0, moved), mean,
                               square, threshold, state.step + 1, record)
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record))
+    return Algorithm(init, point, loss, step, is_over, outcome_of)
 
 
 SIGMA_ZERO = Method(bind=bind, preset=configuration.chooser("sigma_zero", PRESETS), check=check)

@@ -288,8 +288,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
                         jnp.zeros((), x.dtype), over, targeted=targeted),
         )
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record))
+    return Algorithm(init, point, loss, step, is_over, outcome_of)
 
 
 SPARSE_PGD = Method(bind=bind, preset=configuration.chooser("sparse_pgd", PRESETS), check=check)

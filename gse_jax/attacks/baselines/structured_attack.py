@@ -275,8 +275,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
                         targeted=targeted, took_gradient=sloped))
         return select(ended, begin_run(moved, settings, hyperparams, limits, scale), moved)
 
-    return Algorithm(init, point, loss, step, lambda state: is_over(state.record),
-                     lambda state: outcome_of(state.record, state.best_c),
+    return Algorithm(init, point, loss, step, is_over, lambda state: outcome_of(state, state.best_c),
                      wants_gradient=lambda state: ~state.testing, hinged=True)
 
 
