@@ -157,25 +157,6 @@ def check_labels(name, labels, num_images):
                         f"use {name}.astype('int32')")
 
 
-def check_whole_numbers(settings, smallest: dict[str, int], prefix: str = "settings.") -> None:
-    """Refuse settings that are no whole numbers, or too small.
-
-    Args:
-        settings: static configuration.
-        smallest: field -> smallest value.
-        prefix: what messages put before the field.
-
-    Raises:
-        ValueError: naming the field. A loop of 12.5 steps would never end.
-    """
-    for name, low in smallest.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ValueError(f"{prefix}{name}={value!r} must be a whole number >= {low}")
-        if value < low:
-            raise ValueError(f"{prefix}{name}={value} must be >= {low}")
-
-
 def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
     """Refuse a model that does not map [N, H, W, C] to [N, classes]; nothing is computed.
 

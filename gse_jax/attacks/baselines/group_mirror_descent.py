@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import Record, is_over, note, outcome_of, start_record
 from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.ops import (
@@ -110,12 +109,10 @@ PRESETS |= {("cifar10", targeted): (GSMDSettings(cells_per_axis=8), GSMDHyperpar
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("gsmd", settings, hyperparams, GSMDSettings, GSMDHyperparams)
-    validation.check_whole_numbers(settings, {"max_steps": 2, "cells_per_axis": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 2, "cells_per_axis": 1})
     configuration.check_choice(settings, "groups", ("cells", "superpixels"))
     configuration.check_numbers(hyperparams, may_be_zero=("rate",))
-    if settings.cells_per_axis > min(image_shape[:2]):
-        raise ValueError(f"settings.cells_per_axis={settings.cells_per_axis} does not fit into "
-                         f"images of {image_shape[0]}x{image_shape[1]} pixels")
+    configuration.check_fits(settings, "cells_per_axis", image_shape)
 
 
 def segment(settings, images):

@@ -43,9 +43,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.homotopy_search import OVER, Search, advance, start_search
 from gse_jax.attacks.baselines.homotopy_steps import Looked, largest_group
 from gse_jax.attacks.baselines.record import (
@@ -153,7 +152,7 @@ def check(settings, hyperparams, image_shape) -> None:
                               HomotopyHyperparams)
     configuration.check_choice(settings, "groups", ("superpixels", "entries"))
     configuration.check_choice(settings, "targeted_loss", ("margin", "cross_entropy"))
-    validation.check_whole_numbers(settings, {
+    configuration.check_whole_numbers(settings, {
         "num_segments": 1, "max_steps": 1, "max_rounds": 1, "num_new": 1, "num_new_loose": 1,
         "tuning_steps": 0, "tuning_every": 1, "tuning_levels": 1})
     configuration.check_range_width(settings)

@@ -27,9 +27,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -117,11 +116,9 @@ PRESETS = {(domain, targeted): (FWnuclSettings(patch_size=size), FWnuclHyperpara
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("fwnucl", settings, hyperparams, FWnuclSettings, FWnuclHyperparams)
-    validation.check_whole_numbers(settings, {"max_steps": 1, "num_trials": 1, "patch_size": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 1, "num_trials": 1, "patch_size": 1})
     configuration.check_numbers(hyperparams)
-    if settings.patch_size > min(image_shape[:2]):
-        raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
-                         f"{image_shape[0]}x{image_shape[1]} pixels")
+    configuration.check_fits(settings, "patch_size", image_shape)
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:

@@ -34,9 +34,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.perturbation_factorization_steps import (
     Duals,
     binary_selection,
@@ -147,7 +146,7 @@ PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("sapf", settings, hyperparams, SAPFSettings, SAPFHyperparams)
-    validation.check_whole_numbers(settings, {"num_searches": 1, "rounds": 1, "magnitude_steps": 2,
+    configuration.check_whole_numbers(settings, {"num_searches": 1, "rounds": 1, "magnitude_steps": 2,
                                             "selection_steps": 1, "num_segments": 1})
     configuration.check_range_width(settings)
     configuration.check_num_pixels(settings, image_shape)

@@ -18,9 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -97,7 +96,7 @@ def check(settings, hyperparams, image_shape) -> None:
     del image_shape  # Unused.
     configuration.check_types("pgd", settings, hyperparams, PGDSettings, PGDHyperparams)
     configuration.check_choice(settings, "norm", ("linf", "l2"))
-    validation.check_whole_numbers(settings, {"max_steps": 1, "num_restarts": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams)
     if settings.num_restarts > 1 and not settings.random_start:
         raise ValueError(f"settings.num_restarts={settings.num_restarts} needs random_start=True: "

@@ -22,9 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -100,7 +99,7 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("pgd0", settings, hyperparams, PGD0Settings, PGD0Hyperparams)
     configuration.check_num_pixels(settings, image_shape)
-    validation.check_whole_numbers(settings, {"max_steps": 1, "num_restarts": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams)
 
 

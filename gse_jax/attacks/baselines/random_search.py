@@ -20,9 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines import random_search_moves as moves
 from gse_jax.attacks.baselines.record import (
     Record,
@@ -112,7 +111,7 @@ def check(settings, hyperparams, image_shape) -> None:
     if settings.kind == "l0" and settings.num_pixels == image_shape[0] * image_shape[1]:
         raise ValueError(f"settings.num_pixels={settings.num_pixels} are all pixels: none is left to "
                          "exchange; use fewer")
-    validation.check_whole_numbers(settings, {"max_queries": 1, "num_restarts": 1})
+    configuration.check_whole_numbers(settings, {"max_queries": 1, "num_restarts": 1})
     configuration.check_numbers(hyperparams, at_most_one=("alpha",))
     height, width = image_shape[:2]
     if settings.max_queries > 200_000:  # the schedule counts to 10,000 times as many in int32

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import Record, is_over, note, outcome_of, start_record
 from gse_jax.ops import is_adversarial, margin_loss, smooth_l0_gradient
 
@@ -92,7 +91,7 @@ def check(settings, hyperparams, image_shape) -> None:
     del image_shape  # Unused.
     configuration.check_types("sigma_zero", settings, hyperparams, SigmaZeroSettings,
                               SigmaZeroHyperparams)
-    validation.check_whole_numbers(settings, {"max_steps": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 1})
     configuration.check_numbers(hyperparams, may_be_zero=("threshold", "threshold_rate"),
                                 at_most_one=("threshold",))
 

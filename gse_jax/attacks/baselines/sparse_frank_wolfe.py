@@ -24,9 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -112,7 +111,7 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("saif", settings, hyperparams, SAIFSettings, SAIFHyperparams)
     configuration.check_num_pixels(settings, image_shape)
-    validation.check_whole_numbers(settings, {"max_steps": 1, "halvings": 0})
+    configuration.check_whole_numbers(settings, {"max_steps": 1, "halvings": 0})
     if settings.halvings > _MOST_HALVINGS:
         raise ValueError(f"settings.halvings={settings.halvings} must be at most {_MOST_HALVINGS}, after which "
                          "steps are too short to move anything")

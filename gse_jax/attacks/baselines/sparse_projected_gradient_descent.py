@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -147,7 +146,7 @@ def check(settings, hyperparams, image_shape) -> None:
                               SparsePGDHyperparams)
     configuration.check_choice(settings, "structure", ("pixel", "row", "column", "patch"))
     configuration.check_num_pixels(settings, image_shape)
-    validation.check_whole_numbers(settings, {"max_steps": 1, "patience": 1, "stride": 1})
+    configuration.check_whole_numbers(settings, {"max_steps": 1, "patience": 1, "stride": 1})
     configuration.check_numbers(hyperparams)
     rows = settings.pattern
     if (not all(isinstance(row, tuple) for row in rows) or len(set(map(len, rows))) != 1

@@ -46,9 +46,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gse_jax.attacks import validation
+from gse_jax.attacks import configuration
 from gse_jax.attacks.algorithm import Algorithm, Method, Sample, select, wanted_label
-from gse_jax.attacks.baselines import configuration
 from gse_jax.attacks.baselines.record import (
     Record,
     is_over,
@@ -179,14 +178,12 @@ def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
     configuration.check_types("strattack", settings, hyperparams, StrAttackSettings,
                               StrAttackHyperparams)
-    validation.check_whole_numbers(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
+    configuration.check_whole_numbers(settings, {"num_searches": 1, "max_steps": 1, "more_steps": 0,
                                             "num_retrainings": 0, "retrain_steps": 1,
                                             "cell_size": 1, "retrain_patience": 0,
                                             "test_interval": 1, "gradient_interval": 1})
     configuration.check_numbers(hyperparams)
-    if settings.cell_size > min(image_shape[:2]):
-        raise ValueError(f"settings.cell_size={settings.cell_size} does not fit into images of "
-                         f"{image_shape[0]}x{image_shape[1]} pixels")
+    configuration.check_fits(settings, "cell_size", image_shape)
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:

@@ -5,13 +5,9 @@ References:
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from gse_jax.attacks.validation import check_whole_numbers
+from gse_jax.attacks.configuration import check_fits, check_numbers, check_types, check_whole_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +107,12 @@ def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> No
         TypeError: if either is not of GSE's own type.
         ValueError: in one line, naming the field, what came and what was expected.
     """
-    if not isinstance(settings, GSESettings):
-        raise TypeError(f"settings must be a GSESettings, got {type(settings).__name__}; "
-                        "start from gse_jax.preset('gse', 'cifar10', targeted=False)")
-    if not isinstance(hyperparams, GSEHyperparams):
-        raise TypeError(f"hyperparams must be a GSEHyperparams, got {type(hyperparams).__name__}; "
-                        "start from gse_jax.preset('gse', 'cifar10', targeted=False)")
-    smallest = {"num_runs": 1, "max_steps": 1, "phase1_steps": 0, "num_boosted_runs": 0,
-                "blur_size": 1, "patch_size": 1, "give_up_window": 0}
-    check_whole_numbers(settings, smallest)
-    for name, value in hyperparams._asdict().items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"hyperparams.{name} must be one number, got shape "
-                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
-        if not isinstance(value, jax.core.Tracer) and not _in_range(name, float(value)):
-            raise ValueError(f"hyperparams.{name}={float(value):g} must be finite and "
-                             f"{'>= 0' if name == 'mu' else '> 0'}")
+    check_types("gse", settings, hyperparams, GSESettings, GSEHyperparams)
+    check_whole_numbers(settings, {"num_runs": 1, "max_steps": 1, "phase1_steps": 0, "num_boosted_runs": 0,
+                                   "blur_size": 1, "patch_size": 1, "give_up_window": 0})
+    check_numbers(hyperparams, may_be_zero=("mu",))
     side = min(image_shape[:2])
     if settings.blur_size % 2 == 0 or settings.blur_size // 2 >= side:
         raise ValueError(f"settings.blur_size={settings.blur_size} must be odd and at most "
                          f"{2 * side - 1} for images of {image_shape[0]}x{image_shape[1]} pixels")
-    if settings.patch_size > side:
-        raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
-                         f"{image_shape[0]}x{image_shape[1]} pixels; use at most {side}")
-
-
-def _in_range(name, value):
-    return math.isfinite(value) and (value >= 0.0 if name == "mu" else value > 0.0)
+    check_fits(settings, "patch_size", image_shape)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gse_jax.attacks.algorithm import Algorithm, Evaluation, Method, Outcome, Sample, select
+from gse_jax.attacks.configuration import check_types, check_whole_numbers
 from gse_jax.attacks.gse import algorithm as gse
 from gse_jax.attacks.gse import settings as gse_configuration
 from gse_jax.attacks.gse.settings import GSEHyperparams, GSESettings
@@ -26,7 +27,6 @@ from gse_jax.attacks.refinement.settings import (
     RefineHyperparams,
     RefineSettings,
 )
-from gse_jax.attacks.validation import check_whole_numbers
 from gse_jax.types import Status
 
 
@@ -105,11 +105,7 @@ def preset(domain: str, targeted: bool):
 
 def check(settings, hyperparams, image_shape) -> None:
     """Refuse a configuration that cannot run; see `Method.check`."""
-    for name, value, expected in (("settings", settings, GSERefinedSettings),
-                                  ("hyperparams", hyperparams, GSERefinedHyperparams)):
-        if not isinstance(value, expected):
-            raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}; "
-                            "start from gse_jax.preset('gse_refined', 'cifar10')")
+    check_types("gse_refined", settings, hyperparams, GSERefinedSettings, GSERefinedHyperparams)
     check_whole_numbers(settings, {"search_runs": 1})
     of_gse, of_refinement = _parts(hyperparams)
     gse_configuration.check(settings, of_gse, image_shape)

@@ -8,10 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from gse_jax.attacks.validation import check_whole_numbers
+from gse_jax.attacks.configuration import check_fits, check_whole_numbers, known_numbers
 
 OBJECTIVES = ("patches", "pixels", "clusters", "l2")
 MOVES = ("shrink", "relocate", "thin", "scale")
@@ -87,13 +84,8 @@ def check(settings: RefineSettings, hyperparams: RefineHyperparams, image_shape)
         image_shape: (H, W, C).
 
     Raises:
-        TypeError: if either is not of the refinement's own type.
         ValueError: in one line, naming the field, what came and what was expected.
     """
-    for name, value, expected in (("settings", settings, RefineSettings),
-                                  ("hyperparams", hyperparams, RefineHyperparams)):
-        if not isinstance(value, expected):
-            raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}")
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"objective={settings.objective!r} must be one of "
                          f"{', '.join(map(repr, OBJECTIVES))}")
@@ -106,15 +98,9 @@ def check(settings: RefineSettings, hyperparams: RefineHyperparams, image_shape)
     if not settings.scales or min(settings.scales) <= 0.0:
         raise ValueError(f"settings.scales={settings.scales} must hold positive numbers of pixels, "
                          "e.g. (3.0, 1.0, 2.0)")
-    if settings.patch_size > min(image_shape[:2]):
-        raise ValueError(f"settings.patch_size={settings.patch_size} does not fit into images of "
-                         f"{image_shape[0]}x{image_shape[1]} pixels; use at most "
-                         f"{min(image_shape[:2])}")
-    for name, value in hyperparams._asdict().items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"hyperparams.{name} must be one number, got shape "
-                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
+    check_fits(settings, "patch_size", image_shape)
+    for name, number in known_numbers(hyperparams):
         largest = {"patience": 1.0, "overshoot": 1e6}.get(name, math.inf)
-        if not isinstance(value, jax.core.Tracer) and not 0.0 < float(value) <= largest:
-            raise ValueError(f"{name}={float(value):g} must be > 0"
+        if not 0.0 < number <= largest:
+            raise ValueError(f"{name}={number:g} must be > 0"
                              + ("" if largest == math.inf else f" and <= {largest:g}"))

@@ -1,6 +1,6 @@
-"""Checks and preset tables that the compared attacks share; one clear line per mistake.
+"""Checks of settings and hyperparameters, and preset tables, that attacks share; one clear line per mistake.
 
-Every attack has the presets "original" (its authors' defaults), "gse_paper" (the settings of the
+Every compared attack has the presets "original" (its authors' defaults), "gse_paper" (the settings of the
 comparison on CIFAR-10, also called "cifar10") and "imagenet" (those of the comparison there).
 
 References:
@@ -11,8 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-
-from gse_jax.attacks.validation import check_whole_numbers
+import numpy as np
 
 DOMAINS = ("original", "gse_paper", "cifar10", "imagenet")
 
@@ -57,6 +56,25 @@ def check_types(method: str, settings, hyperparams, settings_type, hyperparams_t
                             f"start from gse_jax.preset({method!r}, 'cifar10') or 'imagenet'")
 
 
+def check_whole_numbers(settings, smallest: dict[str, int], prefix: str = "settings.") -> None:
+    """Refuse settings that are no whole numbers, or too small.
+
+    Args:
+        settings: static configuration.
+        smallest: field -> smallest value.
+        prefix: what messages put before the field.
+
+    Raises:
+        ValueError: naming the field. A loop of 12.5 steps would never end.
+    """
+    for name, low in smallest.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{prefix}{name}={value!r} must be a whole number >= {low}")
+        if value < low:
+            raise ValueError(f"{prefix}{name}={value} must be >= {low}")
+
+
 def check_choice(settings, name: str, choices) -> None:
     """Refuse a setting that is not one of the choices.
 
@@ -73,6 +91,23 @@ def check_choice(settings, name: str, choices) -> None:
                          f"{', '.join(map(repr, choices))}")
 
 
+def known_numbers(hyperparams):
+    """Yield (name, float) of the hyperparameters that are not traced.
+
+    Args:
+        hyperparams: NamedTuple of numbers.
+
+    Raises:
+        ValueError: for one that is no single number.
+    """
+    for name, value in hyperparams._asdict().items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"hyperparams.{name} must be one number, got shape "
+                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
+        if not isinstance(value, jax.core.Tracer):
+            yield name, float(value)
+
+
 def check_numbers(hyperparams, may_be_zero=(), at_most_one=()) -> None:
     """Refuse hyperparameters that are not single positive finite numbers.
 
@@ -84,13 +119,7 @@ def check_numbers(hyperparams, may_be_zero=(), at_most_one=()) -> None:
     Raises:
         ValueError: naming the field.
     """
-    for name, value in hyperparams._asdict().items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"hyperparams.{name} must be one number, got shape "
-                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
-        if isinstance(value, jax.core.Tracer):
-            continue
-        number = float(value)
+    for name, number in known_numbers(hyperparams):
         zero_ok = name in may_be_zero
         if not (math.isfinite(number) and (number >= 0.0 if zero_ok else number > 0.0)):
             raise ValueError(f"hyperparams.{name}={number:g} must be finite and "
@@ -110,6 +139,23 @@ def check_range_width(settings) -> None:
     """
     if not (math.isfinite(settings.range_width) and settings.range_width > 0.0):
         raise ValueError(f"settings.range_width={settings.range_width:g} must be finite and > 0")
+
+
+def check_fits(settings, name: str, image_shape) -> None:
+    """Refuse a number of pixels, or of cells in a row, that is larger than the image.
+
+    Args:
+        settings: static configuration.
+        name: field.
+        image_shape: (H, W, C).
+
+    Raises:
+        ValueError: if it is above the shorter side.
+    """
+    height, width = image_shape[:2]
+    if getattr(settings, name) > min(height, width):
+        raise ValueError(f"settings.{name}={getattr(settings, name)} does not fit into images of "
+                         f"{height}x{width} pixels; use at most {min(height, width)}")
 
 
 def check_num_pixels(settings, image_shape) -> None:
