@@ -142,9 +142,6 @@ def dashes(style):
 
     Returns:
         str for `stroke-dasharray`. Colours and patterns repeat together only after 49 styles.
-
-    References:
-        None.
     """
     return _DASHES[(style + style // NUM_STYLES) % len(_DASHES)]
 
@@ -158,9 +155,6 @@ def nice_ticks(largest, whole=False):
 
     Returns:
         List of ascending numbers, at least one.
-
-    References:
-        None.
     """
     if largest <= 0:
         return [0.0]
@@ -180,9 +174,6 @@ def show_tick(value):
 
     Returns:
         str.
-
-    References:
-        None.
     """
     return f"{value:,.0f}" if value == round(value) else f"{value:.10g}"
 
@@ -195,9 +186,6 @@ def budgets(largest):
 
     Returns:
         List of at most ten numbers; the last is >= largest.
-
-    References:
-        None.
     """
     steps = [m * 10**e for e in range(ceil(log10(max(largest, 1))) + 1) for m in (1, 2, 5)]
     enough = next(i for i, step in enumerate(steps) if step >= largest)

@@ -52,9 +52,6 @@ def drawing_style():
 
     Yields:
         The imported matplotlib module.
-
-    References:
-        None.
     """
     import matplotlib  # when needed: it takes long
     import matplotlib.figure
@@ -100,9 +97,6 @@ def save_figure(figure, path_stem, *, dpi=300):
 
     Raises:
         OSError: if the files cannot be written.
-
-    References:
-        None.
     """
     stem = Path(path_stem)
     nothing = {

@@ -17,9 +17,6 @@ def write_whole(path, content):
 
     Raises:
         OSError: if the file cannot be written.
-
-    References:
-        None.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,9 +46,6 @@ def make_cards(runs, limit=None):
 
     Returns:
         (list of `Card`, number of records that could have been shown).
-
-    References:
-        None.
     """
     groups = [(run, records) for run in runs for records in by_case(run.records).values()]
     available = sum(r["status"] != "quarantined" for _, records in groups for r in records)
@@ -79,9 +76,6 @@ def choose_records(records, quota):
 
     Returns:
         List of records: other statuses take at most a quarter of the quota, rounded up each.
-
-    References:
-        None.
     """
     found = sorted((r for r in records if r["status"] == "found"),
                    key=lambda r: (r["changed_pixels"] or 0, r["index"], r["sample_id"]))
@@ -157,9 +151,6 @@ def class_name(label, names):
 
     Returns:
         str: the name, or the number where there is none.
-
-    References:
-        None.
     """
     if label is None or label < 0:
         return "unknown"

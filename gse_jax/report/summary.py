@@ -135,9 +135,6 @@ def misses_of_gse(run):
     Returns:
         List of sentences, one for each of "gse" and "gse_refined" that missed more than a tenth of what
         it attacked.
-
-    References:
-        None.
     """
     said = []
     for method in ("gse", "gse_refined"):
@@ -158,9 +155,6 @@ def by_case(records):
 
     Returns:
         {case: list of records}.
-
-    References:
-        None.
     """
     groups = {}
     for record in records:
@@ -176,9 +170,6 @@ def is_targeted(case):
 
     Returns:
         The part before "/targeted", or None.
-
-    References:
-        None.
     """
     match = _TARGETED.fullmatch(case)
     return match["method"] if match else None
@@ -334,9 +325,6 @@ def clean_accuracy(records):
 
     Returns:
         `Rate` over the images that are not quarantined.
-
-    References:
-        None.
     """
     images = {r["sample_id"]: r["label"] == r["clean_prediction"] for r in records
               if r["status"] != "quarantined"}

@@ -102,9 +102,6 @@ def require_runs(runs):
 
     Raises:
         ValueError: if there is no run, or two of one name.
-
-    References:
-        None.
     """
     if not runs:
         raise ValueError("runs: got none, expected at least one run to report")
@@ -123,9 +120,6 @@ def show_number(value):
 
     Returns:
         str; an en dash for None.
-
-    References:
-        None.
     """
     if value is None:
         return "\u2013"
@@ -144,9 +138,6 @@ def show_rate(rate):
 
     Returns:
         str, three decimals; an en dash for None.
-
-    References:
-        None.
     """
     return "\u2013" if rate is None else f"{_not_rounded_away(rate, 0.001):.3f}"
 
@@ -163,9 +154,6 @@ def show_share(share):
 
     Returns:
         str, e.g. "97.5 %"; an en dash for None. Only a whole one is 100.0 %.
-
-    References:
-        None.
     """
     return "\u2013" if share is None else f"{100 * _not_rounded_away(share, 0.001):.1f} %"
 

@@ -21,9 +21,6 @@ def to_unit(image, bounds):
 
     Returns:
         [H, W, 3] float64; grey where the image is NaN or infinite.
-
-    References:
-        None.
     """
     low, high = bounds
     unit = (np.asarray(image, np.float64) - low) / (high - low)
@@ -41,9 +38,6 @@ def changed_places(clean, adversarial):
 
     Returns:
         bool [H, W]; NaN on both sides counts as equal.
-
-    References:
-        None.
     """
     clean, adversarial = np.asarray(clean), np.asarray(adversarial)
     same = (clean == adversarial) | (np.isnan(clean) & np.isnan(adversarial))
