@@ -198,8 +198,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
         ValueError: as `attack`; for a bad batch when it is pulled.
     """
     bounds = validation.check_bounds(bounds)
-    validation.check_lanes(lanes)
-    validation.check_num_images(num_images)
+    validation.check_count("lanes", lanes, 1)
+    validation.check_count("num_images", num_images, 0)
     check_precision(precision)
     image_shape, params = tuple(image_shape), _on_this_process(params)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
@@ -259,7 +259,7 @@ class _Call:
 
     def __init__(self, params, apply_fn, x, y, targets, bounds, lanes, precision):
         self.bounds = validation.check_bounds(bounds)
-        validation.check_lanes(lanes)
+        validation.check_count("lanes", lanes, 1)
         check_precision(precision)
         self.params, self.apply_fn = _on_this_process(params), apply_fn
         self.x, self.y = _as_array("x", x), _as_array("y", y)

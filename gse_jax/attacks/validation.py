@@ -293,19 +293,21 @@ def check_sample_ids(ids, num_images) -> None:
                          f"{int(ids.min())} to {int(ids.max())}; number the images, and leave padding out")
 
 
-def check_num_images(num_images) -> None:
-    """Refuse a number of images that is none.
+def check_count(name, count, smallest) -> None:
+    """Refuse a number of images or lanes that is none.
 
     Args:
-        num_images: None or int.
+        name: "num_images" or "lanes".
+        count: None or int.
+        smallest: the least it may be.
 
     Raises:
         ValueError: otherwise.
     """
-    if num_images is None:
+    if count is None:
         return
-    if isinstance(num_images, bool) or not isinstance(num_images, (int, np.integer)) or num_images < 0:
-        raise ValueError(f"num_images must be a whole number >= 0 or None, got {num_images!r}")
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < smallest:
+        raise ValueError(f"{name} must be a whole number >= {smallest} or None, got {count!r}")
 
 
 def check_problem(params, apply_fn, x, y, targets, bounds) -> int:
@@ -336,18 +338,3 @@ def check_problem(params, apply_fn, x, y, targets, bounds) -> int:
     if targets is not None:
         check_targets_differ(y, targets)
     return num_classes
-
-
-def check_lanes(lanes) -> None:
-    """Refuse a lane count that is not a positive integer.
-
-    Args:
-        lanes: None or int.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if lanes is None:
-        return
-    if isinstance(lanes, bool) or not isinstance(lanes, (int, np.integer)) or lanes < 1:
-        raise ValueError(f"lanes must be a positive integer or None, got {lanes!r}")

@@ -60,7 +60,7 @@ def set_up(plan: Plan, model=None, data=None) -> Job:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; read a file with load_plan")
     bounds = validation.check_bounds(plan.bounds)
-    validation.check_lanes(plan.lanes)
+    validation.check_count("lanes", plan.lanes, 1)
     apply_fn, params = load_model(plan, model)
     source = as_source(_load_data(plan)) if data is None else as_source(data, plan.limit)
     reader = Reader(source, bounds)

@@ -294,7 +294,7 @@ def test_progress_counts_what_was_done(tmp_path):
     ({"shard": (3, 3)}, "counted from 0"),
     ({"engine": "dask"}, "engine='dask' is unknown; use one of local, distributed, ray"),
     ({"flush_samples": 0}, "flush_samples must be a positive number, got 0"),
-    ({"plan": dataclasses.replace(PLAN, lanes=0)}, "lanes must be a positive integer"),
+    ({"plan": dataclasses.replace(PLAN, lanes=0)}, "lanes must be a whole number >= 1"),
     ({"plan": dataclasses.replace(PLAN, bounds=(1.0, 0.0))}, "low < high"),
 ])
 def test_wrong_arguments_are_told_in_one_line(tmp_path, options, message):
