@@ -114,8 +114,7 @@ def refine(
     """Make the adversarial images of any attack sparser while they stay adversarial.
 
     Args:
-        params: as in `attack`.
-        apply_fn: as in `attack`.
+        params, apply_fn, bounds, lanes, precision, progress: as in `attack`.
         x: [N, H, W, C] clean images, as in `attack`.
         adversarials: [N, H, W, C] what an attack made of them, e.g. `result.adversarials`; same
             dtype as `x`, inside `bounds`.
@@ -128,10 +127,6 @@ def refine(
             for none. An image given with a larger one is pulled inside, if that succeeds.
         max_linf: largest change of a channel of a pixel, likewise.
         max_evals: gradient evaluations per image.
-        bounds: as in `attack`.
-        lanes: as in `attack`.
-        precision: as in `attack`.
-        progress: as in `attack`.
 
     Returns:
         AttackResult. Images that were given unchanged or are not adversarial come back clean, with
@@ -171,20 +166,13 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     """Attack batches as they come: any number of images, in memory that does not grow with it.
 
     Args:
-        params: as in `attack`.
-        apply_fn: as in `attack`.
+        params, apply_fn, method, settings, hyperparams, bounds, key, lanes: as in `attack`.
         batches: Samples of arrays with a leading axis of any length: `x` [M, H, W, C], `y` [M],
             `target` [M] (-1 where untargeted), `sample_id` [M] int32 >= 0 and unique over all
             batches. Pulled when lanes fall free, which stay full across the borders of batches.
         image_shape: (H, W, C) of every image.
         dtype: float32 or float64.
         targeted: whether to aim at `target`.
-        method: as in `attack`.
-        settings: as in `attack`.
-        hyperparams: as in `attack`.
-        bounds: as in `attack`.
-        key: as in `attack`.
-        lanes: as in `attack`.
         precision: as in `attack`; after a coarser loop the check in float32 is the caller's.
         num_images: how many images will come, if known; few images take fewer lanes.
 

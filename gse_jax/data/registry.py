@@ -80,19 +80,14 @@ def open_source(source: str, *, limit: int | None = None,
     """Open labelled images for an evaluation, which reads them one by one.
 
     Args:
-      source: As in `load`.
-      limit: As in `load`.
-      data_dir: As in `load`.
+      source, limit, data_dir: As in `load`.
 
     Returns:
       An `ImageFiles` or `ArrayImages`, which reads an image only when it is asked for; a damaged
       image raises then, and only then. For `digits`, which is small, a `Dataset`.
 
     Raises:
-      ValueError: As in `load`.
-      TypeError: As in `load`.
-      FileNotFoundError: As in `load`.
-      ImportError: As in `load`.
+      ValueError, TypeError, FileNotFoundError, ImportError: As in `load`.
     """
     kind, rest = _checked(source, limit)
     return _SOURCES[kind].open_files(rest, limit=limit, data_dir=data_dir)

@@ -124,20 +124,10 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     """Attack the correctly classified images of a data set and classify the results afresh.
 
     Args:
-        params: as in `gse_jax.attack`.
-        apply_fn: as in `gse_jax.attack`.
-        x: as in `gse_jax.attack`.
-        y: as in `gse_jax.attack`.
-        targets: as in `gse_jax.attack`.
+        params, apply_fn, x, y, targets, method, settings, hyperparams, bounds, key, lanes, progress:
+            as in `gse_jax.attack`.
         ids: [N] sample ids; None numbers them.
-        method: as in `gse_jax.attack`.
-        settings: as in `gse_jax.attack`.
-        hyperparams: as in `gse_jax.attack`.
-        bounds: as in `gse_jax.attack`.
-        key: as in `gse_jax.attack`.
-        lanes: as in `gse_jax.attack`.
         about: more facts to keep with the run; JSON values.
-        progress: as in `gse_jax.attack`.
 
     Returns:
         AttackRun. Images that the model misclassifies are not attacked and come back unchanged

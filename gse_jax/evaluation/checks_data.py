@@ -32,8 +32,7 @@ def check_shapes(params, apply_fn, x, y, bounds, targets):
     """Report what `attack` would refuse, values of the images apart; nothing is computed.
 
     Args:
-        params: as in `check`.
-        apply_fn: as in `check`.
+        params, apply_fn: as in `check`.
         x: [N, H, W, C] NumPy.
         y: [N] NumPy.
         bounds: (low, high).

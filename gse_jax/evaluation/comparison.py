@@ -39,21 +39,15 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
     """Run several attacks on the same images, one after the other.
 
     Args:
-        params: as in `gse_jax.attack`.
-        apply_fn: as in `gse_jax.attack`.
+        params, apply_fn, y, bounds, key, lanes: as in `gse_jax.attack`.
         x: as in `gse_jax.attack`; misclassified images are not attacked.
-        y: as in `gse_jax.attack`.
         methods: names of attacks.
         offsets: targeted at label + k modulo the classes for each k; empty for untargeted.
         domain: preset of all attacks that know it, e.g. "original"; None or "gse_paper", and for
             the others, the settings of the paper's comparison at the image size.
-        bounds: as in `gse_jax.attack`.
-        key: as in `gse_jax.attack`.
-        lanes: as in `gse_jax.attack`.
         num_classes: K; needed with `offsets`.
         budgets: pixels k at which ASR@k is given.
-        ids: as in `run_attack`.
-        about: as in `run_attack`.
+        ids, about: as in `run_attack`.
         progress: name of the attack that begins -> the `progress` function of `gse_jax.attack`.
 
     Yields:

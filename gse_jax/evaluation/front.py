@@ -75,19 +75,13 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
     """Attack the same images with many attacks, and with `gse_refined` under several l2 caps.
 
     Args:
-        params: as in `gse_jax.attack`.
-        apply_fn: as in `gse_jax.attack`.
+        params, apply_fn, y, targets, bounds, key, lanes: as in `gse_jax.attack`.
         x: as in `gse_jax.attack`; misclassified images are not attacked.
-        y: as in `gse_jax.attack`.
-        targets: as in `gse_jax.attack`.
         methods: names of attacks; None for all. "gse_refined" brings one point for each cap.
         max_l2: caps on the l2 norm in units of images of range width 2. The curve is complete: an
             image that a cap leaves without success keeps its image of the next larger cap, so
             means may exceed a cap that is too small for some images.
         domain: as in `compare`.
-        bounds: as in `gse_jax.attack`.
-        key: as in `gse_jax.attack`.
-        lanes: as in `gse_jax.attack`.
         progress: name of the attack that begins -> the `progress` function of `gse_jax.attack`.
         on_front: called after every point with the Front so far, e.g. to store it.
 

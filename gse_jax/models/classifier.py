@@ -65,16 +65,14 @@ class Classifier:
         """Return the logits and the last feature map, before global average pooling.
 
         Args:
-          params: As in `__call__`.
-          x: As in `__call__`.
+          params, x: As in `__call__`.
 
         Returns:
           `(logits [N, num_classes], features [N, h, w, channels])`; with the kernel from `head`,
           `features @ kernel` are the class activation maps (arXiv:1512.04150, Eq. 2).
 
         Raises:
-          TypeError: As in `__call__`.
-          ValueError: As in `__call__`.
+          TypeError, ValueError: As in `__call__`.
         """
         x = self._checked_images(x)
         graphdef, structure = _static_parts(self.module, self.config)
