@@ -22,17 +22,12 @@ def add_commands(commands) -> None:
     demo.set_defaults(run=_demo)
 
     attack = commands.add_parser("attack", help="attack your model on your images")
-    attack.add_argument("--data", required=True, help=options.DATA)
-    options.add_model(attack, required=True)
+    options.add_job(attack, out="gse-attack")
     attack.add_argument("--method", default="gse", help="name of the attack (default gse)")
     attack.add_argument("--hyperparams", metavar="NAME=VALUE,...",
                         help="change the preset, e.g. mu=0.1,step_size=0.05")
     attack.add_argument("--targets", metavar="next|FILE",
                         help="targeted attack: the next class, or a text file, one class a line")
-    attack.add_argument("--limit", type=int, help="take the first N images only")
-    attack.add_argument("--lanes", type=int, help="images worked on at a time")
-    attack.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
-    attack.add_argument("--out", default="gse-attack", help="folder (default gse-attack)")
     attack.set_defaults(run=_attack)
 
 
@@ -45,20 +40,14 @@ def _demo(args):
 
 
 def _attack(args):
-    from gse_jax import data, models
-    from gse_jax.attacks import default_domain, preset
+    from gse_jax.attacks.registry import find_method
     from gse_jax.evaluation import display, run_attack, save_run
 
-    options.require_positive("--limit", args.limit)
-    images = data.load(args.data, limit=args.limit)
-    preset(args.method, default_domain(images.images.shape[1:]), args.targets is not None)
-    apply_fn, params = models.load(args.model, weights=args.weights,
-                                   normalize=options.normalization(args.normalize))
+    find_method(args.method)  # or say so before anything is loaded
+    images, apply_fn, params, about = options.load_job(args)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
     hyperparams = options.hyperparams(args.hyperparams, args.method, images.images.shape[1:],
                                       targets is not None)
-    about = {"data": args.data, "model": args.model, "weights": str(args.weights),
-             "normalize": args.normalize, "class_names": list(images.class_names)}
     folder = output.folder(args.out)
     print(f"{len(images.labels)} images of {args.data}, {args.model}, {args.method}"
           f"{' targeted' if targets is not None else ''}; compiling ...", flush=True)

@@ -30,38 +30,37 @@ def add_commands(commands) -> None:
 
 
 def _add_common(parser, *, out):
-    parser.add_argument("--data", required=True, help=options.DATA)
-    options.add_model(parser, required=True)
+    options.add_job(parser, out=out)
     parser.add_argument("--methods", default="all", metavar="all|LIST",
                         help="names with commas between (default all)")
-    parser.add_argument("--limit", type=int, help="take the first N images only")
-    parser.add_argument("--lanes", type=int, help="images worked on at a time")
-    parser.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
-    parser.add_argument("--out", default=out, help=f"folder (default {out})")
 
 
-def _compare(args):
-    from gse_jax import data, models, report
-    from gse_jax.attacks import METHODS
-    from gse_jax.evaluation import compare, display, save_run
-    from gse_jax.evaluation.comparison import configurations_of
+@contextlib.contextmanager
+def _displays():
+    """Yield a function from the name of the attack that begins to its `progress`."""
+    from gse_jax.evaluation import display
 
-    options.require_positive("--limit", args.limit)
-    methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
-    images = data.load(args.data, limit=args.limit)
-    apply_fn, params = models.load(args.model, weights=args.weights,
-                                   normalize=options.normalization(args.normalize))
-    offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
-    about = {"data": args.data, "model": args.model, "weights": str(args.weights),
-             "normalize": args.normalize, "class_names": list(images.class_names)}
-    configurations_of(methods, args.preset, images.images.shape[1:], bool(offsets))  # or say what is wrong
-    folder, rows = output.folder(args.out), []
     with contextlib.ExitStack() as stack:
         def progress(method):
             stack.close()  # the display of the attack before
             print(f"{method} ...", flush=True)
             return stack.enter_context(display(interval=10.0))
 
+        yield progress
+
+
+def _compare(args):
+    from gse_jax import report
+    from gse_jax.attacks import METHODS
+    from gse_jax.evaluation import compare, save_run
+    from gse_jax.evaluation.comparison import configurations_of
+
+    methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
+    images, apply_fn, params, about = options.load_job(args)
+    offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
+    configurations_of(methods, args.preset, images.images.shape[1:], bool(offsets))  # or say what is wrong
+    folder, rows = output.folder(args.out), []
+    with _displays() as progress:
         for one in compare(params, apply_fn, images.images, images.labels, methods=methods,
                            offsets=offsets, domain=args.preset, key=args.seed, lanes=args.lanes,
                            num_classes=apply_fn.config.num_classes, ids=images.ids, about=about,
@@ -82,22 +81,14 @@ def _compare(args):
 def _pareto(args):
     import numpy as np
 
-    from gse_jax import data, evaluation, models, report
+    from gse_jax import evaluation, report
     from gse_jax.data.atomic import replacing
 
-    options.require_positive("--limit", args.limit)
     caps = options.numbers("--max-l2", args.max_l2)
-    images = data.load(args.data, limit=args.limit)
-    apply_fn, params = models.load(args.model, weights=args.weights,
-                                   normalize=options.normalization(args.normalize))
+    images, apply_fn, params, _ = options.load_job(args)
     targets = options.targets(args.targets, images.labels, apply_fn.config.num_classes)
     folder = output.folder(args.out)
-    with contextlib.ExitStack() as stack:
-        def progress(method):
-            stack.close()
-            print(f"{method} ...", flush=True)
-            return stack.enter_context(evaluation.display(interval=10.0))
-
+    with _displays() as progress:
         def write(front):  # a later failure must not take the front with it
             with replacing(folder / "front.npz") as file:
                 np.savez(file, **{name: np.asarray(value) for name, value in front._asdict().items()})

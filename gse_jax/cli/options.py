@@ -20,6 +20,28 @@ def add_model(parser, *, required, hint=" (default: what the run says)"):
                              f"given as 0.49,0.48,0.45/0.25,0.24,0.26{hint or ' (default half)'}")
 
 
+def add_job(parser, *, out):
+    """Add what to work on, with how many lanes and where results go, to a command that attacks at once."""
+    parser.add_argument("--data", required=True, help=DATA)
+    add_model(parser, required=True)
+    parser.add_argument("--limit", type=int, help="take the first N images only")
+    parser.add_argument("--lanes", type=int, help="images worked on at a time")
+    parser.add_argument("--seed", type=int, default=0, help="for attacks with randomness")
+    parser.add_argument("--out", default=out, help=f"folder (default {out})")
+
+
+def load_job(args):
+    """Return (images, apply_fn, params, about): the last is what a stored run says of the others."""
+    from gse_jax import data, models
+
+    require_positive("--limit", args.limit)
+    images = data.load(args.data, limit=args.limit)
+    about = {"data": args.data, "model": args.model, "weights": str(args.weights),
+             "normalize": args.normalize, "class_names": list(images.class_names)}
+    return images, *models.load(args.model, weights=args.weights,
+                                normalize=normalization(args.normalize)), about
+
+
 def normalization(text):
     """Turn `half`, `imagenet`, `none` or MEAN/STD into (mean, std)."""
     from gse_jax.models import NORMALIZATIONS
