@@ -19,6 +19,7 @@ import gse_jax
 from gse_jax.attacks import Progress, attack, validation
 from gse_jax.data.atomic import replacing
 from gse_jax.devices import local_devices
+from gse_jax.evaluation.cases import plain
 from gse_jax.evaluation.forward import Forward
 from gse_jax.metrics import ImageMetrics, Summary, image_metrics, summary
 from gse_jax.types import ApplyFn, Status
@@ -178,10 +179,7 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
         return full
 
     devices = local_devices()
-    values = {} if hyperparams is None else hyperparams._asdict()
-    # JSON knows no infinity: a cap that is none.
-    facts = {"hyperparams": {name: float(value) if np.isfinite(value) else str(float(value))
-                             for name, value in values.items()},
+    facts = {"hyperparams": {} if hyperparams is None else plain(hyperparams),
              "settings": repr(settings) if settings is not None else "preset",
              "method": result.method, "preset": result.preset, "bounds": list(bounds),
              "seconds": seconds, "platform": devices[0].platform, "devices": len(devices),

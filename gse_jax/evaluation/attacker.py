@@ -60,12 +60,12 @@ class Advance(NamedTuple):
     lane_evals: int
 
 
-def unusable(read: Read, case: Case, num_classes: int) -> str | None:
+def unusable(read: Read, case: Case | None, num_classes: int) -> str | None:
     """Tell why a sample cannot be attacked in a case.
 
     Args:
         read: the sample.
-        case: the case.
+        case: the case; None for any.
         num_classes: K.
 
     Returns:
@@ -76,7 +76,8 @@ def unusable(read: Read, case: Case, num_classes: int) -> str | None:
     if not 0 <= read.label < num_classes:
         return f"label {read.label} lies outside [0, {num_classes - 1}]"
     try:
-        case.target(read.sample_id, read.label, num_classes)
+        if case is not None:
+            case.target(read.sample_id, read.label, num_classes)
     except ValueError as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gse_jax.attacks.api import LARGEST_CIFAR_SIDE
+from gse_jax.attacks import default_domain
 from gse_jax.attacks.registry import find_method
 from gse_jax.evaluation.plan import AttackPlan, Plan, as_tuple
 
@@ -80,9 +80,13 @@ class Group(NamedTuple):
         """Return the configuration as plain JSON values, for fingerprint and manifest."""
         return {"method": self.method, "preset": self.preset, "targeted": self.targeted,
                 "settings": dataclasses.asdict(self.settings),
-                # JSON knows no infinity: a cap that is none.
-                "hyperparams": {name: float(value) if math.isfinite(value) else str(float(value))
-                                for name, value in self.hyperparams._asdict().items()}}
+                "hyperparams": plain(self.hyperparams)}
+
+
+def plain(hyperparams) -> dict[str, float | str]:
+    """Return hyperparameters as JSON values, which know no infinity: a cap that is none is "inf"."""
+    return {name: float(value) if math.isfinite(value) else str(float(value))
+            for name, value in hyperparams._asdict().items()}
 
 
 def resolve(plan: Plan, image_shape, num_classes: int, ids) -> tuple[Group, ...]:
@@ -113,8 +117,7 @@ def resolve(plan: Plan, image_shape, num_classes: int, ids) -> tuple[Group, ...]
 
 def _group(attack: AttackPlan, image_shape, num_classes, ids) -> Group:
     method = find_method(attack.method)
-    domain = attack.preset or ("cifar10" if max(image_shape[:2]) <= LARGEST_CIFAR_SIDE
-                               else "imagenet")
+    domain = attack.preset or default_domain(image_shape)
     settings, hyperparams = method.preset(domain, attack.targeted)
     known = {field.name for field in dataclasses.fields(settings)}
     _check_names("settings", attack.settings, known, attack.method)

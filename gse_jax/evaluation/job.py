@@ -8,7 +8,7 @@ import numpy as np
 
 from gse_jax.attacks import METHODS, validation
 from gse_jax.devices import local_devices
-from gse_jax.evaluation.attacker import Model
+from gse_jax.evaluation.attacker import Model, unusable
 from gse_jax.evaluation.cases import Group, resolve
 from gse_jax.evaluation.checks import Finding, check
 from gse_jax.evaluation.fingerprint import fingerprint, versions
@@ -131,26 +131,24 @@ def preflight(job: Job, num_images: int = _PREFLIGHT_IMAGES) -> list[Any]:
         ValueError: if not one of these images can be used.
     """
     chosen = np.unique(np.linspace(0, job.num_samples - 1, num_images).astype(int))
-    samples, unusable = [], []
+    samples, set_aside = [], []
     for sample in job.reader.read_all(chosen):
-        reason = sample.reason
-        if reason is None and not 0 <= sample.label < job.model.num_classes:
-            reason = f"label {sample.label} lies outside [0, {job.model.num_classes - 1}]"
+        reason = unusable(sample, None, job.model.num_classes)
         if reason is None:
             samples.append(sample)
         else:
-            unusable.append((sample.sample_id, reason))
+            set_aside.append((sample.sample_id, reason))
     if not samples:
-        raise ValueError(f"data: none of {len(unusable)} images can be used: {unusable[0][1]}")
+        raise ValueError(f"data: none of {len(set_aside)} images can be used: {set_aside[0][1]}")
     images = np.stack([np.asarray(s.x) for s in samples])
     found = check(job.model.params, job.model.apply_fn, images,
                   np.asarray([s.label for s in samples], np.int32), bounds=job.model.bounds,
                   expected_accuracy=job.plan.expected_accuracy, needs_gradient=any(map(_needs_gradient, job.groups)))
-    if unusable:
-        name, reason = unusable[0]
+    if set_aside:
+        name, reason = set_aside[0]
         fix = "Name one size for all, as folder:PATH,size=224" if "has shape" in reason else "Repair them"
-        found.append(Finding("unusable images", "error" if 2 * len(unusable) > len(chosen) else "warning",
-                             f"{len(unusable)} of {len(chosen)} images cannot be used; the first is "
+        found.append(Finding("unusable images", "error" if 2 * len(set_aside) > len(chosen) else "warning",
+                             f"{len(set_aside)} of {len(chosen)} images cannot be used; the first is "
                              f"{name!r}: {reason}.", f"{fix}; else they are set aside as quarantined."))
     return found
 
