@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from gse_jax.attacks.lanes import evaluate
 
 GOLDEN = Path(__file__).parent / "golden" / "gse_toy_trace.npz"
 CASES = (("untargeted", "cifar10", False), ("targeted", "cifar10", True),
@@ -44,6 +47,15 @@ def small_logits(params, x):
     """One hidden layer: a linear model's constant gradient would sit on the search's thresholds."""
     first, second = params
     return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ first) @ second
+
+
+def states_over(algorithm, logits_fn, samples, steps):
+    """Yield the states of an attack on some images after each of so many steps."""
+    advance = jax.jit(lambda s: jax.vmap(algorithm.step)(s, evaluate(algorithm, logits_fn, s)[0]))
+    state = jax.vmap(algorithm.init)(samples)
+    for _ in range(steps):
+        state = advance(state)
+        yield state
 
 
 def failing_at(on_mesh, number, error):

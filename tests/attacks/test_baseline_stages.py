@@ -22,7 +22,7 @@ from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Hyperpar
 from gse_jax.attacks.baselines.record import key_of
 from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.lanes import evaluate
-from tests.toy_model import linear_logits, toy
+from tests.toy_model import linear_logits, states_over, toy
 
 
 def states_of(method, settings, steps, hyperparams=None, targeted=False):
@@ -32,12 +32,7 @@ def states_of(method, settings, steps, hyperparams=None, targeted=False):
     algorithm = METHODS[method].bind(settings, hyperparams, targeted=targeted, bounds=(-1.0, 1.0),
                                      key=jax.random.key(0))
     samples = Sample(x, y, jnp.full(6, -1, jnp.int32), jnp.arange(6, dtype=jnp.int32))
-    advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
-        s, evaluate(algorithm, lambda x: apply_fn(params, x), s)[0]))
-    state = jax.vmap(algorithm.init)(samples)
-    for _ in range(steps):
-        state = advance(state)
-        yield state
+    return states_over(algorithm, lambda x: apply_fn(params, x), samples, steps)
 
 
 def test_frank_wolfe_on_mask_and_perturbation_stays_inside_and_descends():

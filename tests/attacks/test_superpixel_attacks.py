@@ -15,9 +15,8 @@ from gse_jax.attacks.baselines import perturbation_factorization as sapf
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
 from gse_jax.attacks.baselines.homotopy import HomotopySettings
 from gse_jax.attacks.baselines.weight_search import next_weight
-from gse_jax.attacks.lanes import evaluate
 from gse_jax.attacks.segmentation import slic_segments
-from tests.toy_model import linear_logits, toy
+from tests.toy_model import linear_logits, states_over, toy
 
 SHORT = sapf.SAPFSettings(num_pixels=40, num_searches=2, rounds=1, magnitude_steps=6,
                           selection_steps=4, num_segments=20)
@@ -62,12 +61,7 @@ def states_of(method, settings, hyperparams, steps):
     segments = METHODS[method].segment(settings, np.asarray(x))
     samples = Sample(x, y, jnp.full(3, -1, jnp.int32), jnp.arange(3, dtype=jnp.int32),
                      None if segments is None else jnp.asarray(segments))
-    advance = jax.jit(lambda s: jax.vmap(algorithm.step)(
-        s, evaluate(algorithm, lambda x: linear_logits(params, x), s)[0]))
-    state = jax.vmap(algorithm.init)(samples)
-    for _ in range(steps):
-        state = advance(state)
-        yield state
+    return states_over(algorithm, lambda x: linear_logits(params, x), samples, steps)
 
 
 def test_segments_are_numbered_without_gaps_and_follow_the_image():

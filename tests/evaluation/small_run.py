@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from gse_jax.data import Dataset
-from gse_jax.evaluation import AttackPlan, Plan, evaluate
+from gse_jax.evaluation import AttackPlan, Plan, evaluate, open_run
 from tests.toy_model import small_logits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,18 @@ def arrays(run):
     """Adversarial images by key."""
     return {(record["case"], record["sample_id"]): run.images(record)[1]
             for record in run.records if record["array"] is not None}
+
+
+def same_runs(run_dir, whole):
+    """The same samples, none missing or doubled, and the same adversarials."""
+    run = open_run(run_dir)
+    assert run.complete
+    same_tables(table(run), table(whole))
+    found, expected = arrays(run), arrays(whole)
+    assert list(found) == list(expected)
+    for key, image in found.items():
+        np.testing.assert_allclose(image, expected[key], atol=1e-9)
+    return run
 
 
 def start(run_dir, *, devices=1, cache=None, **options):

@@ -3,11 +3,10 @@
 import random
 import time
 
-import numpy as np
 import pytest
 
 from gse_jax.evaluation import open_run
-from tests.evaluation.small_run import arrays, same_tables, start, table
+from tests.evaluation.small_run import same_runs, start, table
 
 
 def kill_at_random_moments(run_dir, cache, whole, kills, seed):
@@ -40,11 +39,7 @@ def kill_at_random_moments(run_dir, cache, whole, kills, seed):
         process = start(run_dir / str(number), cache=cache)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        run = open_run(run_dir / str(number))
-        assert run.complete
-        same_tables(table(run), table(whole))
-        for key, image in arrays(run).items():
-            np.testing.assert_allclose(image, arrays(whole)[key], atol=1e-9)
+        same_runs(run_dir / str(number), whole)
     return kept
 
 

@@ -22,25 +22,13 @@ from gse_jax.evaluation.hosts import combined_residue
 from tests.evaluation.small_run import (
     PLAN,
     ROOT,
-    arrays,
     dataset,
     model,
+    same_runs,
     same_tables,
     start,
     table,
 )
-
-
-def same_runs(run_dir, whole):
-    """The same samples, none missing or doubled, and the same adversarials."""
-    run = open_run(run_dir)
-    assert run.complete
-    same_tables(table(run), table(whole))
-    found, expected = arrays(run), arrays(whole)
-    assert list(found) == list(expected)
-    for key, image in found.items():
-        np.testing.assert_allclose(image, expected[key], atol=1e-9)
-    return run
 
 
 def finish(*processes):
