@@ -17,7 +17,7 @@ import numpy as np
 
 import gse_jax
 import results_file
-from gse_jax import data, evaluation, metrics, models, report
+from gse_jax import data, evaluation, models, report
 
 FOLDER = results_file.SHARED / "data"
 OFFSET = 857  # the first entry of the paper's list of ImageNet targets, added to the label

@@ -34,7 +34,6 @@ from gse_jax.evaluation.store import (
     valid_records,
     widen_manifest,
     write_manifest,
-    writer_name,
 )
 
 ENGINES = ("local", "distributed", "ray")
