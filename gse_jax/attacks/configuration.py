@@ -21,8 +21,8 @@ def chooser(method: str, presets):
 
     Args:
         method: name of the attack, for messages.
-        presets: (domain, targeted) -> (settings, hyperparams), with domains "original",
-            "cifar10" and "imagenet".
+        presets: domain -> (settings, hyperparams), or (domain, targeted) where the direction matters, with
+            domains "original", "cifar10" and "imagenet".
 
     Returns:
         (domain, targeted) -> (settings, hyperparams), domain one of `DOMAINS`; raises ValueError for others.
@@ -31,7 +31,8 @@ def chooser(method: str, presets):
         if domain not in DOMAINS:
             raise ValueError(f"domain={domain!r} has no preset for method {method!r}; "
                              f"use one of {', '.join(map(repr, DOMAINS))}")
-        return presets["cifar10" if domain == "gse_paper" else domain, bool(targeted)]
+        domain = "cifar10" if domain == "gse_paper" else domain
+        return presets[domain] if domain in presets else presets[domain, bool(targeted)]
 
     return preset
 

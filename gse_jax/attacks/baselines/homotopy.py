@@ -137,12 +137,13 @@ _ORIGINAL = (
                      tuning_every=500, targeted_loss="cross_entropy", range_width=1.0, max_rounds=600),
     HomotopyHyperparams(radius=0.05, decrease=0.98, first_factor=3.0, loss_step=1e-2,
                         norm_step=1e-4, saturation=0.8))
-PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
-    ("original", _ORIGINAL),
-    ("cifar10", (HomotopySettings(), HomotopyHyperparams())),
-    ("imagenet", (HomotopySettings(num_segments=500, tuning_every=500, tuning_levels=13, max_rounds=600),
-                  HomotopyHyperparams(decrease=0.98, first_factor=0.01, loss_step=0.1,
-                                      norm_step=1e-3, saturation=0.8))))}
+PRESETS = {
+    "original": _ORIGINAL,
+    "cifar10": (HomotopySettings(), HomotopyHyperparams()),
+    "imagenet": (HomotopySettings(num_segments=500, tuning_every=500, tuning_levels=13, max_rounds=600),
+                 HomotopyHyperparams(decrease=0.98, first_factor=0.01, loss_step=0.1,
+                                     norm_step=1e-3, saturation=0.8)),
+}
 
 
 def check(settings, hyperparams, image_shape) -> None:

@@ -136,11 +136,11 @@ class SAPFState(NamedTuple):
 _ORIGINAL = (SAPFSettings(num_pixels=66, num_searches=6, rounds=1, magnitude_steps=2000,
                           selection_steps=2000, range_width=1.0),
              SAPFHyperparams(group_weight=1e-3))
-PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
-    ("original", _ORIGINAL),
-    ("cifar10", (SAPFSettings(), SAPFHyperparams())),
-    ("imagenet", (SAPFSettings(num_pixels=6333, num_segments=350),
-                  SAPFHyperparams(tradeoff=0.01))))}
+PRESETS = {
+    "original": _ORIGINAL,
+    "cifar10": (SAPFSettings(), SAPFHyperparams()),
+    "imagenet": (SAPFSettings(num_pixels=6333, num_segments=350), SAPFHyperparams(tradeoff=0.01)),
+}
 
 
 def check(settings, hyperparams, image_shape) -> None:

@@ -87,12 +87,12 @@ class PGD0State(NamedTuple):
 
 # The comparison takes the original's step on images of range width 2, which is half of it here.
 _COMPARED = PGD0Hyperparams(step_size=60000.0 / 255.0)
-PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
+PRESETS = {
     # The repository's run_attack_pt.py; it attacks with budgets of 5 pixels.
-    ("original", (PGD0Settings(num_pixels=5), PGD0Hyperparams())),
-    ("cifar10", (PGD0Settings(num_pixels=90, max_steps=200), _COMPARED)),
-    ("imagenet", (PGD0Settings(num_pixels=6600, max_steps=200), _COMPARED)),
-)}
+    "original": (PGD0Settings(num_pixels=5), PGD0Hyperparams()),
+    "cifar10": (PGD0Settings(num_pixels=90, max_steps=200), _COMPARED),
+    "imagenet": (PGD0Settings(num_pixels=6600, max_steps=200), _COMPARED),
+}
 
 
 def check(settings, hyperparams, image_shape) -> None:

@@ -114,11 +114,11 @@ class SparsePGDState(NamedTuple):
 
 
 # Not in the GSE paper: 300 steps, and 20 pixels (CIFAR-10) or 200 (ImageNet), are our choice.
-PRESETS = {(domain, targeted): (settings, SparsePGDHyperparams()) for targeted in (False, True)
-           for domain, settings in (
-               ("original", SparsePGDSettings()),
-               ("cifar10", SparsePGDSettings(num_pixels=20, max_steps=300)),
-               ("imagenet", SparsePGDSettings(num_pixels=200, max_steps=300)))}
+PRESETS = {
+    "original": (SparsePGDSettings(), SparsePGDHyperparams()),
+    "cifar10": (SparsePGDSettings(num_pixels=20, max_steps=300), SparsePGDHyperparams()),
+    "imagenet": (SparsePGDSettings(num_pixels=200, max_steps=300), SparsePGDHyperparams()),
+}
 
 
 def block_of(settings, image_shape):

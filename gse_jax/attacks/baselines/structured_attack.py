@@ -167,11 +167,12 @@ class StrAttackState(NamedTuple):
 # Original: images of range width 1 with gamma 2, tau 3, rho 15, alpha 5, box 0.5; the same problem
 # in range width 2 has gamma / 4, tau / 2, rho / 4, alpha / 4. Its cells are 13 x 13 on ImageNet.
 _ORIGINAL = StrAttackHyperparams(c=1.0, gamma=0.5, tau=1.5, rho=3.75, alpha=1.25, radius=1.0)
-PRESETS = {(domain, targeted): row for targeted in (False, True) for domain, row in (
-    ("original", (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400,
-                                    retrain_must_improve=False), _ORIGINAL)),
-    ("cifar10", (StrAttackSettings(), StrAttackHyperparams(c=0.25))),
-    ("imagenet", (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5))))}
+PRESETS = {
+    "original": (StrAttackSettings(max_steps=1000, more_steps=1000, retrain_steps=400,
+                                   retrain_must_improve=False), _ORIGINAL),
+    "cifar10": (StrAttackSettings(), StrAttackHyperparams(c=0.25)),
+    "imagenet": (StrAttackSettings(cell_size=8), StrAttackHyperparams(c=2.5)),
+}
 
 
 def check(settings, hyperparams, image_shape) -> None:
