@@ -14,20 +14,17 @@ def _require_window(name, size, height, width):
                          f"use {name} <= {min(height, width)}")
 
 
-def _running(combine, values, size, axis):
-    """Combine over windows of `size` along `axis`, without padding, in log2(size) shifts."""
-    covered = 1
-    while covered < size:
-        shift = min(covered, size - covered)
-        length = values.shape[axis]
-        values = combine(lax.slice_in_dim(values, 0, length - shift, axis=axis),
-                         lax.slice_in_dim(values, shift, length, axis=axis))
-        covered += shift
+def _running(combine, values, size):
+    """Combine over `size` x `size` windows of [H, W], without padding, in log2(size) shifts along each axis."""
+    for axis in (0, 1):
+        covered = 1
+        while covered < size:
+            shift = min(covered, size - covered)
+            length = values.shape[axis]
+            values = combine(lax.slice_in_dim(values, 0, length - shift, axis=axis),
+                             lax.slice_in_dim(values, shift, length, axis=axis))
+            covered += shift
     return values
-
-
-def _running_any(mask, size, axis):
-    return _running(jnp.logical_or, mask, size, axis)
 
 
 def dilate(mask, size):
@@ -40,9 +37,7 @@ def dilate(mask, size):
     Returns:
         [H, W] bool.
     """
-    half = size // 2
-    padded = jnp.pad(mask, half)
-    return _running_any(_running_any(padded, size, 0), size, 1)
+    return _running(jnp.logical_or, jnp.pad(mask, size // 2), size)
 
 
 def gaussian_kernel(size, sigma):
@@ -117,7 +112,7 @@ def touched_patches(mask, patch_size):
         ValueError: if a patch does not fit into the image.
     """
     _require_window("patch_size", patch_size, *mask.shape)
-    return _running_any(_running_any(mask, patch_size, 0), patch_size, 1)
+    return _running(jnp.logical_or, mask, patch_size)
 
 
 def close_patches(mask, patch_size):
@@ -137,7 +132,7 @@ def close_patches(mask, patch_size):
         ValueError: if a patch does not fit into the image.
     """
     untouched = jnp.pad(~touched_patches(mask, patch_size), patch_size - 1)
-    return ~_running_any(_running_any(untouched, patch_size, 0), patch_size, 1)
+    return ~_running(jnp.logical_or, untouched, patch_size)
 
 
 def largest_in_patches(values, patch_size):
@@ -155,4 +150,4 @@ def largest_in_patches(values, patch_size):
         ValueError: if a patch does not fit into the image.
     """
     _require_window("patch_size", patch_size, *values.shape)
-    return _running(jnp.maximum, _running(jnp.maximum, values, patch_size, 0), patch_size, 1)
+    return _running(jnp.maximum, values, patch_size)
