@@ -12,8 +12,8 @@ import numpy as np
 
 from gse_jax import metrics
 from gse_jax.evaluation.attack_run import AttackRun, predict
+from gse_jax.metrics.saliency import PERCENTILES
 
-PERCENTILES = (50, 60, 70, 80, 90)
 _BATCH = 64
 
 
