@@ -111,15 +111,22 @@ class Bind(Protocol):
 
     def __call__(self, settings: Any, hyperparams: Any, *, targeted: bool,
                  bounds: tuple[float, float], key: jax.Array | None) -> Algorithm:
-        """Return the attack with its configuration bound; called inside the trace."""
+        """Return the attack with its configuration bound; called inside the trace.
+
+        Args:
+            settings: static configuration.
+            hyperparams: arrays [] of the images' dtype, possibly traced.
+            targeted: direction of the attack.
+            bounds: (lowest, highest) pixel value.
+            key: typed random key.
+        """
 
 
 class Method(NamedTuple):
     """One row of the registry.
 
     Attributes:
-        bind: see `Bind`. `hyperparams` are arrays [] of the images' dtype and may be traced, everything else is
-            static but `key`.
+        bind: see `Bind`.
         preset: (domain, targeted) -> (settings, hyperparams); raises ValueError for a domain that
             it does not know.
         check: (settings, hyperparams, image_shape) -> None; raises ValueError in one line for a

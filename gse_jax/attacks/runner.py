@@ -333,12 +333,8 @@ def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int 
     """Attack all samples on all local devices.
 
     Args:
-        program: attack and model.
-        params: the model's parameters.
-        hyperparams: the attack's hyperparameters, arrays [].
-        key: typed random key.
+        program, params, hyperparams, key, lanes: as in `stream`.
         samples: NumPy arrays with leading axis N >= 1, `sample_id` = 0 ... N - 1.
-        lanes: as in `stream`.
         progress: called with a `Progress` after every bounded stretch of work.
 
     Returns:

@@ -314,12 +314,7 @@ def check_problem(params, apply_fn, x, y, targets, bounds) -> int:
     """Refuse images, labels and a model that do not fit together.
 
     Args:
-        params: the model's parameters.
-        apply_fn: (params, x) -> logits.
-        x: [N, H, W, C].
-        y: [N] int.
-        targets: [N] int or None.
-        bounds: (low, high).
+        params, apply_fn, x, y, targets, bounds: as in `gse_jax.attack`.
 
     Returns:
         Number of classes.

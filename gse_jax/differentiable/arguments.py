@@ -41,12 +41,7 @@ def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:
     """Check images, labels and model, as `gse_jax.attack` does.
 
     Args:
-        params: pytree.
-        apply_fn: (params, x) -> logits.
-        x: [N, H, W, C].
-        y: [N] int.
-        targets: [N] int or None.
-        bounds: (low, high).
+        params, apply_fn, x, y, targets, bounds: as in `gse_jax.attack`.
 
     Returns:
         (goal, samples); every field of the samples has a leading axis N.

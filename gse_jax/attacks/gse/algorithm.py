@@ -95,14 +95,10 @@ def _init(sample: Sample) -> GSEState:
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Algorithm:
-    """Return GSE with its configuration bound.
+    """Return GSE with its configuration bound; see `Bind`. It is deterministic.
 
     Args:
-        settings: GSESettings.
-        hyperparams: GSEHyperparams, leaves may be traced.
-        targeted: direction of the attack.
-        bounds: (lowest, highest) pixel value.
-        key: unused; GSE is deterministic.
+        settings, hyperparams, targeted, bounds, key: as in `Bind`.
         start: [] initial trade-off of the first run; None for `hyperparams.initial_fraction` of the
             largest one that moves any pixel.
 

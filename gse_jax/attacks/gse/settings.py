@@ -96,17 +96,7 @@ def preset(domain: str, targeted: bool) -> tuple[GSESettings, GSEHyperparams]:
 
 
 def check(settings: GSESettings, hyperparams: GSEHyperparams, image_shape) -> None:
-    """Refuse a configuration that cannot run on images [H, W, C].
-
-    Args:
-        settings: static configuration.
-        hyperparams: traced configuration.
-        image_shape: (H, W, C).
-
-    Raises:
-        TypeError: if either is not of GSE's own type.
-        ValueError: in one line, naming the field, what came and what was expected.
-    """
+    """Refuse a configuration that cannot run; see `Method.check`."""
     check_types("gse", settings, hyperparams, GSESettings, GSEHyperparams)
     check_whole_numbers(settings, {"num_runs": 1, "max_steps": 1, "phase1_steps": 0, "num_boosted_runs": 0,
                                    "blur_size": 1, "patch_size": 1, "give_up_window": 0})

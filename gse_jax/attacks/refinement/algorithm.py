@@ -161,18 +161,7 @@ def _as_int(flag):
 
 
 def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
-    """Return the refinement with its configuration bound; see `Bind`. It is deterministic.
-
-    Args:
-        settings: RefineSettings.
-        hyperparams: RefineHyperparams, leaves may be traced.
-        targeted: direction of the attack.
-        bounds: (lowest, highest) pixel value.
-        key: unused.
-
-    Returns:
-        Algorithm; `sample.start` is the adversarial image to begin with.
-    """
+    """Return the refinement of `sample.start` with its configuration bound; see `Bind`. It is deterministic."""
     del key  # Unused.
     low, high = bounds
     unit = 0.5 * (high - low)  # lengths are in units of images of range width 2

@@ -85,18 +85,7 @@ class GSERefinedState(NamedTuple):
 
 
 def preset(domain: str, targeted: bool):
-    """Return GSE's published configuration and the refinement's, with the published budget.
-
-    Args:
-        domain: as for GSE: "cifar10", "imagenet" or "imagenet_robust".
-        targeted: direction of the attack.
-
-    Returns:
-        (settings, hyperparams).
-
-    Raises:
-        ValueError: for an unknown domain.
-    """
+    """Return GSE's published configuration and the refinement's, with the published budget; see GSE's `preset`."""
     settings, hyperparams = gse_configuration.preset(domain, targeted)
     evals = PUBLISHED_EVALS_TARGETED if targeted else PUBLISHED_EVALS
     return (GSERefinedSettings(**dataclasses.asdict(settings), max_evals=evals),

@@ -76,16 +76,7 @@ def moves_of(settings: RefineSettings) -> tuple[str, ...]:
 
 
 def check(settings: RefineSettings, hyperparams: RefineHyperparams, image_shape) -> None:
-    """Refuse a configuration that cannot run on images [H, W, C].
-
-    Args:
-        settings: static configuration.
-        hyperparams: traced configuration.
-        image_shape: (H, W, C).
-
-    Raises:
-        ValueError: in one line, naming the field, what came and what was expected.
-    """
+    """Refuse a configuration that cannot run; see `Method.check`."""
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"objective={settings.objective!r} must be one of "
                          f"{', '.join(map(repr, OBJECTIVES))}")
