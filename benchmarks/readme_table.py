@@ -102,23 +102,24 @@ def profile():
     parts = {"model": "model", "update of the images": "update", "schedule": "schedule",
              "other": "other", "nothing runs": "gaps"}
     return _table("profile_step_gpu", {
-        "lanes": lambda r: f"{r['lanes']:,}", "call, ms": lambda r: f"{r['ms_per_call']:.2f}",
-        **{f"{name}, ms": lambda r, part=part: f"{r[part + '_ms']:.2f}" for name, part in parts.items()}},
+        "lanes": "{lanes:,}", "call, ms": "{ms_per_call:.2f}",
+        **{f"{name}, ms": f"{{{part}_ms:.2f}}" for name, part in parts.items()}},
         "`benchmarks/profile_step.py`, CIFAR-10, authors' ResNet-20")
+
+
+_LARGE_IMAGES = {"images": "{images}", "ASR": "{ASR:.3f}", "ACP": "{ACP:.0f}", "ANC": "{ANC:.1f}", "l2": "{l2:.2f}",
+                 "d_{2,0}": "{d20:.0f}"}
+_SMALL_IMAGES = {"ASR": "{ASR:.3f}", "ACP": "{ACP:.1f}", "ANC": "{ANC:.2f}", "l2": "{l2:.2f}", "d_{2,0}": "{d20:.1f}",
+                 "gradients": "{gradients:.0f}", "forward passes": "{forwards:.0f}"}
 
 
 def imagenet():
     """The ImageNet protocol at 224 x 224 pixels."""
     record = json.loads((RESULTS / "imagenet_panels.json").read_text())
-    lines = ["| NIPS 2017 at 224 x 224, MobileNet, ImageNet preset | images | ASR | ACP | ANC | l2 | "
-             "d_{2,0} | gradients per image | seconds per image, with compilation |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for row in record["rows"]:
-        if "seconds_per_image_with_compilation" in row:
-            lines.append(
-                f"| {row['attack']} | {row['images']} | {row['ASR']:.3f} | {row['ACP']:.0f} | "
-                f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
-                f"{row['evals_per_image']:.0f} | {row['seconds_per_image_with_compilation']:.1f} |")
+    lines = _lines({"NIPS 2017 at 224 x 224, MobileNet, ImageNet preset": "{attack}", **_LARGE_IMAGES,
+                    "gradients per image": "{evals_per_image:.0f}",
+                    "seconds per image, with compilation": "{seconds_per_image_with_compilation:.1f}"},
+                   [row for row in record["rows"] if "seconds_per_image_with_compilation" in row])
     overlap = record["rows"][0]
     error = overlap.get("CAM_overlap_standard_error")
     error = "" if error is None else f", standard error over images {error:.0%}"
@@ -129,11 +130,8 @@ def imagenet():
 
 
 def _attacks(record, first, rows=None):
-    lines = [f"| {first} | ASR | ACP | ANC | l2 | d_{{2,0}} | gradients | forward passes |",
-             "|---|---|---|---|---|---|---|---|"]
-    return lines + [f"| {row['attack']}{', label + 1' if row['targeted'] else ''} | {row['ASR']:.3f} | "
-                    f"{row['ACP']:.1f} | {row['ANC']:.2f} | {row['l2']:.2f} | {row['d20']:.1f} | "
-                    f"{row['gradients']:.0f} | {row['forwards']:.0f} |" for row in rows or record["rows"]]
+    return _lines({first: lambda r: f"{r['attack']}{', label + 1' if r['targeted'] else ''}", **_SMALL_IMAGES},
+                  rows or record["rows"])
 
 
 def refined():
@@ -178,26 +176,29 @@ def refinement():
 
 
 def _imagenet_refined():
-    lines = ["| NIPS 2017 at 224 x 224, MobileNet, untargeted | images | ASR | ACP | ANC | l2 | d_{2,0} "
-             "| gradients | forward passes |", "|---|---|---|---|---|---|---|---|---|"]
-    sources = []
+    rows, sources = [], []
     for method, name in (("gse", "imagenet_panels"), ("gse_refined", "imagenet_panels_gse_refined")):
         record = json.loads((RESULTS / f"{name}.json").read_text())
-        row = record["rows"][0]
-        lines.append(f"| {method} | {row['images']} | {row['ASR']:.3f} | {row['ACP']:.0f} | "
-                     f"{row['ANC']:.1f} | {row['l2']:.2f} | {row['d20']:.0f} | "
-                     f"{row['evals_per_image']:.0f} | {row['forwards_per_image']:.0f} |")
+        rows.append({**record["rows"][0], "method": method})
         sources.append(source(record, f"`{name}.json`: `benchmarks/imagenet_panels.py" + (
             " --method gse_refined`" if method == "gse_refined" else "`")))
+    lines = _lines({"NIPS 2017 at 224 x 224, MobileNet, untargeted": "{method}", **_LARGE_IMAGES,
+                    "gradients": "{evals_per_image:.0f}", "forward passes": "{forwards_per_image:.0f}"}, rows)
     return [*lines, "", sources[0], "", sources[1], ""]
 
 
+def _lines(columns, rows):
+    """A table with one column for each of `columns`: heading -> format of the row's fields, or row -> text."""
+    text = lambda column, row: column.format(**row) if isinstance(column, str) else column(row)
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
+            *(f"| {' | '.join(text(column, row) for column in columns.values())} |" for row in rows)]
+
+
 def _table(name, columns, script):
-    """A table with one column for each of `columns`: heading -> row -> text."""
+    """The same of a file of results, with its source."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(text(row) for text in columns.values())} |" for row in record["rows"]]
-    return [*lines, "", source(record, script.format(command=f"`{record.get('command')}`"))]
+    return [*_lines(columns, record["rows"]), "",
+            source(record, script.format(command=f"`{record.get('command')}`"))]
 
 
 def giving_up():
@@ -205,11 +206,7 @@ def giving_up():
     return _table("giving_up", {
         "first 64 CIFAR-10 test images, authors' ResNet-20":
             lambda r: "targeted, label + 1" if r["targeted"] else "untargeted",
-        "give_up_window": lambda r: str(r["give_up_window"]), "ASR": lambda r: f"{r['ASR']:.3f}",
-        "ACP": lambda r: f"{r['ACP']:.1f}", "ANC": lambda r: f"{r['ANC']:.2f}",
-        "l2": lambda r: f"{r['l2']:.2f}", "d_{2,0}": lambda r: f"{r['d20']:.1f}",
-        "gradients": lambda r: f"{r['gradients']:.0f}",
-        "forward passes": lambda r: f"{r['forwards']:.0f}"}, "`benchmarks/giving_up.py`")
+        "give_up_window": "{give_up_window}", **_SMALL_IMAGES}, "`benchmarks/giving_up.py`")
 
 
 def scaling_small():
@@ -217,7 +214,7 @@ def scaling_small():
     return scaling("small", {})
 
 
-_BARE = {"the same in gradients of the bare model": lambda r: f"{r['bare_gradients_per_image']:.1f}"}
+_BARE = {"the same in gradients of the bare model": "{bare_gradients_per_image:.1f}"}
 
 
 def scaling_real():
@@ -233,11 +230,9 @@ def scaling_full():
 def scaling(part, more):
     """Cost of an image over their number and over devices, with more columns."""
     return _table(f"scaling_{part}", {
-        "network": lambda r: r["network"], "images": lambda r: f"{r['images']:,}",
-        "CPU devices": lambda r: str(r["devices"]),
-        "microseconds per image": lambda r: f"{r['us_per_image']:.0f}", **more,
-        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
-        "memory added, MiB": lambda r: f"{r['more_mib']:.0f}"},
+        "network": "{network}", "images": "{images:,}", "CPU devices": "{devices}",
+        "microseconds per image": "{us_per_image:.0f}", **more, "gradients per image": "{evals_per_image:.1f}",
+        "memory added, MiB": "{more_mib:.0f}"},
         f"`benchmarks/scaling.py --parts {part}`")
 
 
@@ -258,15 +253,14 @@ def versus_gpu():
 
 
 def _versus(name, script):
-    both = lambda key, form: lambda r: f"{form(r['theirs_' + key])} / {form(r['ours_' + key])}"
-    one, two = "{:.1f}".format, "{:.2f}".format
+    both = lambda key, form: f"{{theirs_{key}:{form}}} / {{ours_{key}:{form}}}"
     return _table(name, {
-        "theirs": lambda r: r["peer"], "ours": lambda r: f"`{r['method']}`", "images": lambda r: str(r["images"]),
-        "seconds per image": both("seconds_per_image", "{:.3g}".format),
+        "theirs": "{peer}", "ours": "`{method}`", "images": "{images}",
+        "seconds per image": both("seconds_per_image", ".3g"),
         "ratio (lowest, highest of the pairs)": lambda r: f"{r['ratio']:.1f} " + (
             f"({r['lowest_ratio']:.1f}, {r['highest_ratio']:.1f})" if r["pairs"] > 1 else "(one pair)"),
-        "our gradients": lambda r: one(r["ours_gradients"]), "ASR": both("ASR", two), "ACP": both("ACP", one),
-        "ANC": both("ANC", two), "l2": both("l2", two), "d_{2,0}": both("d20", one)}, script)
+        "our gradients": "{ours_gradients:.1f}", "ASR": both("ASR", ".2f"), "ACP": both("ACP", ".1f"),
+        "ANC": both("ANC", ".2f"), "l2": both("l2", ".2f"), "d_{2,0}": both("d20", ".1f")}, script)
 
 
 def lanes():
@@ -281,12 +275,11 @@ def many_lanes():
 
 def _lanes(name, script):
     return _table(name, {
-        "lanes per device": lambda r: f"{int(r['lanes']):,}", "images": lambda r: f"{r['images']:,}",
-        "images per second": lambda r: f"{r['images_per_second']:.2f}",
-        "gradients per image": lambda r: f"{r['evals_per_image']:.1f}",
+        "lanes per device": lambda r: f"{int(r['lanes']):,}", "images": "{images:,}",
+        "images per second": "{images_per_second:.2f}", "gradients per image": "{evals_per_image:.1f}",
         "bare model, microseconds per gradient": lambda r: _microseconds(r["bare_us"]),
         "efficiency": lambda r: f"{r['efficiency']:.2f}{_spread(r, 'efficiency')}",
-        "with evaluations not used": lambda r: f"{r['lanes_full']:.2f}"}, script)
+        "with evaluations not used": "{lanes_full:.2f}"}, script)
 
 
 def tail():
@@ -294,11 +287,10 @@ def tail():
     words = {"none": "as they come", "runs": "most of the search ahead first (ours)",
              "known": "longest first, were they known"}
     return _table("tail_accelerator", {
-        "images": lambda r: f"{r['images']:,}", "order": lambda r: words[r["order"]],
+        "images": "{images:,}", "order": lambda r: words[r["order"]],
         "calls of 64 / 256 / 1,024 lanes":
             lambda r: " / ".join(str(r["calls"].get(w, 0)) for w in ("64", "256", "1024")),
-        "longest image, calls": lambda r: str(r["longest"]),
-        "efficiency": lambda r: f"{r['efficiency']:.2f}"},
+        "longest image, calls": "{longest}", "efficiency": "{efficiency:.2f}"},
         "{command}: runs of 99 CIFAR-10 images replayed at an H200's times")
 
 
@@ -315,10 +307,8 @@ def memory_gpu():
 
 def _memory(name, script):
     return _table(name, {
-        "images": lambda r: f"{r['images']:,}", "lanes": lambda r: str(r["lanes"]),
-        "pixels": lambda r: f"{r['side']} x {r['side']}",
-        "peak, MiB": lambda r: f"{r['peak_mib']:.0f}",
-        "images and results, MiB": lambda r: f"{r['images_mib']:.0f}"}, script)
+        "images": "{images:,}", "lanes": "{lanes}", "pixels": "{side} x {side}", "peak, MiB": "{peak_mib:.0f}",
+        "images and results, MiB": "{images_mib:.0f}"}, script)
 
 
 def compile_time():
@@ -333,7 +323,7 @@ def _compile_time(name, images, count=None):
     if count is not None:
         columns += ["whole", "whole cached"]
         script += (f"; `whole` is what the first call of the default attack on {count} images takes more than the second")
-    return _table(name, {f"{name}, s": lambda r, name=name: f"{r[name]:.2f}" for name in columns}, script)
+    return _table(name, {f"{name}, s": f"{{{name}:.2f}}" for name in columns}, script)
 
 
 def source(record, script):
