@@ -124,14 +124,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
-class Display:
-    """Shows progress; a context manager that is called with each new `progress`."""
+class display:  # in small letters as the context managers of `contextlib`
+    """Shows progress: `with display() as show: ...(on_progress=show)`."""
 
     def __init__(self, stream: TextIO | None = None, *, interval: float = 10.0):
         """Choose the form.
 
         Args:
-            stream: where to; None for stderr. A terminal gets a live bar.
+            stream: where to; None for stderr. A terminal gets a live bar, anything else plain lines.
             interval: seconds between plain lines at least.
         """
         self._stream = stream or sys.stderr
@@ -173,19 +173,6 @@ class Display:
             else:
                 print(line, file=self._stream, flush=True)
             self._last_line, self._shown = now, line
-
-
-def display(stream: TextIO | None = None, *, interval: float = 10.0) -> Display:
-    """Return what shows progress: `with display() as show: ...(on_progress=show)`.
-
-    Args:
-        stream: where to; None for stderr. A terminal gets a live bar, anything else plain lines.
-        interval: seconds between plain lines at least.
-
-    Returns:
-        Display.
-    """
-    return Display(stream, interval=interval)
 
 
 def _rich_bar(stream):
