@@ -39,7 +39,8 @@ def add_commands(commands) -> None:
     check = commands.add_parser("check", help="look for what makes an evaluation worthless")
     _add_plan_flags(check)
     check.add_argument("--plan", help="TOML or JSON file with data and model")
-    check.set_defaults(run=_check)
+    # The others are what only `evaluate` is told.
+    check.set_defaults(run=_check, method=None, offsets=None, target_file=None, lanes=None, seed=None)
 
     verify = commands.add_parser("verify", help="classify and measure the stored images afresh")
     verify.add_argument("path", metavar="RUN", help="run directory of evaluate")
@@ -71,7 +72,7 @@ def _plan(args):
     from gse_jax.evaluation import Plan, load_plan
 
     if args.plan:
-        given = next((flag for flag in _PLAN_FLAGS if getattr(args, flag, None) is not None), None)
+        given = next((flag for flag in _PLAN_FLAGS if getattr(args, flag) is not None), None)
         if given:
             raise ValueError(f"--{given.replace('_', '-')} is given beside --plan, which says it "
                              f"already; write it into {args.plan}")
@@ -80,16 +81,15 @@ def _plan(args):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; pass --data, --model and --weights, or --plan")
     options.require_positive("--limit", args.limit)
-    attack = {"method": getattr(args, "method", None) or "gse"}
-    if getattr(args, "offsets", None):
+    attack = {"method": args.method or "gse"}
+    if args.offsets:
         attack["offsets"] = options.integers("--offsets", args.offsets)
-    if getattr(args, "target_file", None):
+    if args.target_file:
         attack["target_file"] = args.target_file
     return Plan.from_dict({
         "data": args.data, "model": args.model, "weights": args.weights, "limit": args.limit,
         "normalize": options.normalization(args.normalize or "half"), "attacks": [attack],
-        "expected_accuracy": args.expected_accuracy, "seed": getattr(args, "seed", None) or 0,
-        "lanes": getattr(args, "lanes", None)})
+        "expected_accuracy": args.expected_accuracy, "seed": args.seed or 0, "lanes": args.lanes})
 
 
 def _evaluate(args):
