@@ -139,11 +139,11 @@ def show_rate(rate):
     Returns:
         str, three decimals; an en dash for None.
     """
-    return "\u2013" if rate is None else f"{_not_rounded_away(rate, 0.001):.3f}"
+    return "\u2013" if rate is None else f"{_not_rounded_away(rate):.3f}"
 
 
-def _not_rounded_away(share, step):
-    return share if share in (0, 1) or share != share else min(max(share, step), 1 - step)
+def _not_rounded_away(share):
+    return share if share in (0, 1) or share != share else min(max(share, 0.001), 0.999)
 
 
 def show_share(share):
@@ -155,7 +155,7 @@ def show_share(share):
     Returns:
         str, e.g. "97.5 %"; an en dash for None. Only a whole one is 100.0 %.
     """
-    return "\u2013" if share is None else f"{100 * _not_rounded_away(share, 0.001):.1f} %"
+    return "\u2013" if share is None else f"{100 * _not_rounded_away(share):.1f} %"
 
 
 def _case_columns(rows):
