@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gse_jax.attacks import validation
-from gse_jax.evaluation.normalisation import IMAGENET
+from gse_jax.evaluation.normalisation import IMAGENET, at_least
 
 _ENOUGH = 20  # images, from which on chance-level accuracy is told from bad luck
 
@@ -185,7 +185,7 @@ def check_accuracy(predictions, y, classes, expected):
         sign = "-" if offset > 0 else "+"
         fix = (f"The labels look shifted: y is the prediction {offset:+d} for "
                f"{offsets.max() / count:.1%}; pass (y {sign} {abs(offset)}) % {classes}.")
-    if _tail(right, count, chance) > 0.01 and share < max(0.5, 1.5 * chance):
+    if at_least(right, count, chance) > 0.01 and share < max(0.5, 1.5 * chance):
         severity = "error" if count >= _ENOUGH else "warning"
         return [Finding("accuracy", severity, f"{said}: no better than guessing.", fix)]
     if expected is None:
@@ -200,13 +200,6 @@ def check_accuracy(predictions, y, classes, expected):
         return [Finding("accuracy", "warning", f"{said}: {(share - expected) / error:.0f} standard "
                         "errors above.", "Check that these are test images and the right weights.")]
     return [Finding("accuracy", "info", f"{said}.", "")]
-
-
-def _tail(hits, count, p):
-    """Probability of at least `hits` successes in `count` trials of probability p."""
-    from scipy.stats import binom  # when needed
-
-    return float(binom.sf(hits - 1, count, p))
 
 
 def share_of(mask):

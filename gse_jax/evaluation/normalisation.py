@@ -149,7 +149,7 @@ def better_normalisation(logits, x, y, options):
         return None
     best = max(range(len(options)), key=lambda i: hits[i].sum())
     won, lost = int((hits[best] & ~right).sum()), int((right & ~hits[best]).sum())
-    if (won - lost) / len(y) < _LEAST_GAIN or _sign_test(won, lost) > _LEVEL:
+    if (won - lost) / len(y) < _LEAST_GAIN or at_least(won, won + lost, 0.5) > _LEVEL:
         return None
     # Guessing another class more often is no better normalisation.
     chance = 1 / first.shape[1]
@@ -163,8 +163,8 @@ def _affine(rule, channels):
     return 1 / std, -mean / std
 
 
-def _sign_test(won, lost):
-    """Probability of at least so many wins among as many fair coin tosses."""
+def at_least(hits, count, p):
+    """Return the probability of at least `hits` successes in `count` trials of probability p."""
     from scipy.stats import binom  # when needed
 
-    return float(binom.sf(won - 1, won + lost, 0.5))
+    return float(binom.sf(hits - 1, count, p))
