@@ -39,6 +39,7 @@ KINDS = {  # features in, features out, side of the kernel, options
     "depthwise stride 2": (64, 64, 3, {"feature_group_count": 64, "window_strides": (2, 2)}),
     "depthwise 7x7": (64, 64, 7, {"feature_group_count": 64}),
     "depthwise, 2 outputs": (32, 64, 3, {"feature_group_count": 32}),
+    "one dimension": (32, 32, 3, {}),
 }
 STEPS = 4
 
@@ -51,10 +52,16 @@ def kind(name, layout, side):
     groups = options.get("feature_group_count", 1)
     kernel = rng.normal(size=(size, size, inputs // groups, outputs)).astype("f4") / size
     numbers = ("NHWC", "HWIO", "NHWC")
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
     if layout == "NCHW":
         x, kernel = x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
         numbers = ("NCHW", "OIHW", "NCHW")
-    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    if name == "one dimension":  # all pixels in a row
+        height = numbers[0].index("H")
+        x = x.reshape(*x.shape[:height], -1, *x.shape[height + 2:])
+        kernel = kernel.take(0, numbers[1].index("H"))
+        numbers = tuple(spec.replace("H", "") for spec in numbers)
+        options["window_strides"] = (1,)
 
     def loss(kernel, x):
         return jnp.sum(jnp.tanh(lax.conv_general_dilated(x, kernel, dimension_numbers=numbers,

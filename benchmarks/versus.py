@@ -84,7 +84,8 @@ def published(folder, targeted):
 def peers():
     """Name -> (our method, changes of our settings, function that returns theirs)."""
     return {
-        "adv_lib.str_attack": ("strattack", {}, lambda: adv_lib(
+        # Theirs retrains for 400 steps, whatever max_iterations is.
+        "adv_lib.str_attack": ("strattack", {"retrain_steps": 400}, lambda: adv_lib(
             "structured_adversarial_attack", "str_attack", initial_const=0.25,
             binary_search_steps=8, max_iterations=200)),
         "adv_lib.sigma_zero": ("sigma_zero", {"max_steps": 100}, lambda: adv_lib(

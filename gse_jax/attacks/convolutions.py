@@ -5,7 +5,7 @@ dilation) only in the entry computation of a program, not in the body of a loop.
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
 was measured up to 50 times slower there, 25 times for 3 x 3 (`benchmarks/loop_cost.py`).
 `canonical_convolutions` writes that form down explicitly: the function is traced, and every
-two-dimensional convolution is evaluated as transpose, canonical convolution, transpose, without
+convolution of one or two dimensions is evaluated as transpose, canonical convolution, transpose, without
 the pixels that a stride skips under a kernel of one pixel and without the zeros of an input
 dilation. Values change by rounding only. The smallest kernels (three features to three, 3 x 3) are
 left as they are: for them XLA's slow form is the faster one.
@@ -57,7 +57,7 @@ _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("
 
 
 def canonical_convolutions(fn):
-    """Return `fn` with its two-dimensional convolutions in canonical form.
+    """Return `fn` with its convolutions of one and two dimensions in canonical form.
 
     Args:
         fn: a function of arrays (pytrees allowed) to arrays.
@@ -83,7 +83,7 @@ def _contains_convolution(jaxpr):
 
 
 def _is_convolution(eqn):
-    if eqn.primitive is not _plain or eqn.invars[0].aval.ndim != 4:
+    if eqn.primitive is not _plain or eqn.invars[0].aval.ndim not in (3, 4) or not eqn.outvars[0].aval.size:
         return False
     grouped = eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1
     return grouped or eqn.invars[1].aval.size > _SMALLEST
@@ -199,6 +199,8 @@ def _bind(eqn, inputs):
 
 def _convolution(lhs, rhs, params):
     """One convolution of whatever kind, rewritten."""
+    if lhs.ndim == 3:
+        return _convolution(lhs[..., None], rhs[..., None], _with_unit_axis(params))[..., 0]
     if params["batch_group_count"] != 1:  # only in gradients by the kernel of grouped convolutions
         return _plain.bind(lhs, rhs, **params)
     groups = params["feature_group_count"]
@@ -218,6 +220,14 @@ def _convolution(lhs, rhs, params):
     params = params | {"feature_group_count": 1}
     return jnp.concatenate([_conv.bind(part, _block_diagonal(kernel, merged, numbers), **params)
                             for part, kernel in parts], numbers.out_spec[1])
+
+
+def _with_unit_axis(params):
+    """What a convolution of one spatial dimension is of two, the last of one pixel."""
+    numbers = params["dimension_numbers"]
+    ones = {name: (*params[name], 1) for name in ("window_strides", "lhs_dilation", "rhs_dilation")}
+    return params | ones | {"padding": (*params["padding"], (0, 0)), "dimension_numbers": lax.ConvDimensionNumbers(
+        *((*spec, 3) for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)))}
 
 
 def _pointwise(lhs, rhs, **params):

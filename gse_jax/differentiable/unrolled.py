@@ -140,8 +140,8 @@ def differentiable_attack(
         their step size (`GSEHyperparams.boost`); `num_boosted_runs=0` prevents that. A failed run
         returns its last iterate.
 
-    A model that gives NaN for an image makes the derivatives by `params` NaN, although the image
-    itself ends as `Status.NON_FINITE`.
+    A model that gives NaN for an image makes the derivatives by `params` and `hyperparams`, and by that
+    image and its trade-off, NaN, although the image itself ends as `Status.NON_FINITE`.
 
     References:
         arXiv 2311.17434; see the module docstring for what is treated as constant.

@@ -11,6 +11,8 @@ References:
 import jax.numpy as jnp
 from jax import lax
 
+from gse_jax.ops.projections import safe_sqrt
+
 
 def cell_sums(values, size: int):
     """Sum a map over cells, and give every pixel the sum of its cell.
@@ -41,7 +43,7 @@ def group_soft_threshold(v, tradeoff, size: int):
     Returns:
         [H, W, C] `max(0, 1 - tradeoff / |v_cell|) v`.
     """
-    norm = jnp.sqrt(cell_sums(jnp.sum(v * v, axis=-1), size))
+    norm = safe_sqrt(cell_sums(jnp.sum(v * v, axis=-1), size))
     active = norm > tradeoff
     shrink = jnp.where(active, 1.0 - tradeoff / jnp.where(active, norm, 1.0), 0.0)
     return v * shrink[..., None]

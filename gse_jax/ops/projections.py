@@ -115,6 +115,19 @@ def project_sparse_sigma(target, clean, sigma, num_pixels, kappa):
     return jnp.where(largest_pixels(saved, num_pixels)[..., None], clean + moved, clean)
 
 
+def safe_sqrt(squares):
+    """Return the square root, whose derivative at 0 is 0 in place of infinite.
+
+    Args:
+        squares: [...] >= 0.
+
+    Returns:
+        [...].
+    """
+    positive = squares > 0.0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
 def project_l2_ball(v, radius):
     """Solve argmin_z |z - v|_2 with |z|_2 <= radius.
 
@@ -125,7 +138,7 @@ def project_l2_ball(v, radius):
     Returns:
         [...].
     """
-    norm = jnp.sqrt(jnp.sum(v * v))
+    norm = safe_sqrt(jnp.sum(v * v))
     return v * jnp.where(norm > radius, radius / jnp.where(norm > 0.0, norm, 1.0), 1.0)
 
 

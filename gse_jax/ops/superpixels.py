@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gse_jax.ops.bregman import fitting_radii
+from gse_jax.ops.projections import safe_sqrt
 
 
 def superpixel_sums(values, segments):
@@ -41,7 +42,7 @@ def superpixel_soft_threshold(v, tradeoff, segments):
     Returns:
         [H, W] `max(0, 1 - tradeoff / |v_s|) v`.
     """
-    norm = jnp.sqrt(superpixel_sums(v * v, segments))
+    norm = safe_sqrt(superpixel_sums(v * v, segments))
     active = norm > tradeoff
     shrink = jnp.where(active, 1.0 - tradeoff / jnp.where(active, norm, 1.0), 0.0)
     return v * shrink[segments]

@@ -206,6 +206,26 @@ def test_the_smallest_kernels_are_left_alone(monkeypatch):
         assert ("canonical_convolution" not in str(traced)) == left
 
 
+@pytest.mark.parametrize("options", [
+    {}, dict(window_strides=(2,)), dict(padding=((2, 1),), lhs_dilation=(2,)), dict(feature_group_count=2),
+    dict(feature_group_count=4), dict(rhs_dilation=(2,)), dict(padding=((-1, 2),))], ids=str)
+def test_convolutions_of_one_dimension(options):
+    layout = ("NWC", "WIO", "NWC")
+    x, k = operands(options.get("feature_group_count", 1))
+    fn = convolution(layout, **{"window_strides": (1,)} | options)
+    args = x[:, :, 0], k[:, 0]
+    rewritten = derivatives(fn, canonical_convolutions)
+    assert_close(jax.jit(rewritten)(*args), jax.jit(derivatives(fn, lambda f: f))(*args))
+    assert_canonical(rewritten, *args)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_empty_result_stays_one(groups):
+    x, k = operands(groups)
+    fn = convolution(padding="VALID", feature_group_count=groups)
+    assert canonical_convolutions(fn)(x[:, :2], k).shape == fn(x[:, :2], k).shape == (2, 0, 7, 8)
+
+
 def test_models_without_convolutions_are_left_alone():
     def fn(x):
         return jnp.tanh(x) @ x

@@ -74,6 +74,7 @@ def test_l2_ball():
     np.testing.assert_allclose(ops.project_l2_ball(v, 2.5), [1.5, 2.0])
     np.testing.assert_array_equal(ops.project_l2_ball(v, 5.0), v)
     np.testing.assert_array_equal(ops.project_l2_ball(0.0 * v, 1.0), 0.0 * v)
+    np.testing.assert_array_equal(jax.jacobian(ops.project_l2_ball)(0.0 * v, 1.0), np.eye(2))
 
 
 def test_cross_entropy_and_gap():

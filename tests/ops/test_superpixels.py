@@ -39,6 +39,8 @@ def test_soft_threshold_is_the_argmin():
         else:
             assert np.linalg.norm(v[here]) <= 2.0
     assert 0 < active < 9
+    at_zero = jax.grad(lambda v: jnp.sum(ops.superpixel_soft_threshold(v, 2.0, segments)))(0.0 * v)
+    np.testing.assert_array_equal(at_zero, 0.0 * v)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -82,3 +82,5 @@ def test_group_soft_threshold_cell_by_cell(shape, size):
         step = 0.01 * np.random.default_rng(seed).normal(size=shape)
         assert value(z + step) > value(z)
     assert np.isfinite(jax.jit(lambda v: ops.group_soft_threshold(v, 0.0, size))(0.0 * v)).all()
+    at_zero = jax.grad(lambda v: jnp.sum(ops.group_soft_threshold(v, 1.7, size)))(0.0 * v)
+    np.testing.assert_array_equal(at_zero, 0.0 * v)
