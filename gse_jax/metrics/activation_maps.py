@@ -85,9 +85,9 @@ def grad_cam(params, apply_fn, x, y):
         arXiv 1610.02391, Eqs. (1) and (2).
     """
     x = jnp.asarray(x)
-    offset_apply, shape = with_feature_offset(apply_fn, params, x)
-    zero = jnp.zeros(shape.shape, shape.dtype)
-    with jax.default_matmul_precision("highest"):  # as attacks see the model
+    with jax.default_matmul_precision("highest"):  # as attacks see the model; it counts where the program is traced
+        offset_apply, shape = with_feature_offset(apply_fn, params, x)
+        zero = jnp.zeros(shape.shape, shape.dtype)
         logits, pull_back, features = jax.vjp(
             lambda offset: offset_apply(params, x, offset), zero, has_aux=True
         )

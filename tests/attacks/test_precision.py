@@ -9,11 +9,12 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
+from gse_jax.attacks import api
 from gse_jax.attacks.algorithm import Outcome
 from gse_jax.attacks.precision import confirmed
 from gse_jax.attacks.refinement import within_caps
 from gse_jax.evaluation.forward import Forward
-from gse_jax.metrics import adversarial_saliency
+from gse_jax.metrics import adversarial_saliency, grad_cam
 from tests.toy_model import linear_logits, toy
 
 SHORT = gse_jax.GSESettings(num_runs=1, max_steps=3, phase1_steps=2)
@@ -38,6 +39,7 @@ ASKED = {
     "implicit_attack": lambda p, f, x, y: gse_jax.implicit_attack(
         p, f, x, y, adversarials=0.9 * x, bounds=(-1.0, 1.0)).adversarials,
     "adversarial_saliency": lambda p, f, x, y: adversarial_saliency(p, f, x, y, (y + 1) % 5),
+    "grad_cam": lambda p, f, x, y: grad_cam(p, lambda p, x: (f(p, x), x), x, y),
 }
 
 
@@ -200,3 +202,19 @@ def test_what_refine_gives_back_keeps_its_caps():
     kept = within_caps(starts, x, caps, (0.0, 1.0))
     assert isinstance(kept, np.ndarray)
     np.testing.assert_array_equal(kept, np.stack([starts[0], x[1]]))
+
+
+def test_the_last_look_is_at_given_images_that_keep_the_caps(monkeypatch):
+    """A refined image that does not hold is replaced by the given one, but by none beyond the caps."""
+    x = np.zeros((2, 8, 8, 1))
+    starts, seen = x.copy(), []
+    starts[0, 0, 0, 0], starts[1, 0, :4, 0] = 1.0, 1.0  # of l2 norm 1 and 2
+    outcome = Outcome(starts, *(np.zeros(2, kind) for kind in (bool, np.int32, np.int32, np.int32, float)))
+    monkeypatch.setattr(api, "run", lambda *_: outcome)
+    monkeypatch.setattr(api, "confirmed", lambda *arguments: seen.append(arguments[4:7]) or outcome)
+    for targets in (None, [1, 2]):
+        gse_jax.refine((np.ones((64, 3)), np.zeros(3)), linear_logits, x, starts, [0, 1], targets=targets, max_l2=1.5,
+                       precision="tf32")
+        y, goals, given = seen.pop()
+        assert y.tolist() == [0, 1] and (goals if goals is None else goals.tolist()) == targets
+        np.testing.assert_array_equal(given, np.stack([starts[0], x[1]]))
