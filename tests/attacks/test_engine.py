@@ -19,7 +19,7 @@ from gse_jax.attacks.algorithm import Algorithm, Sample
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
-from gse_jax.attacks.lanes import Parked, Queue, drain, evaluate, first_lanes, idle_lanes
+from gse_jax.attacks.lanes import LanesState, Parked, Queue, drain, evaluate, first_lanes, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
 from tests.toy_model import failing_at, golden, linear_logits, toy
 
@@ -174,6 +174,58 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
          jax.tree.map(lambda a: a[jnp.asarray([2, 4, 4, 5])], expected))
     lanes, queue, parked, done, _ = run(idle, 4, Parked(halfway, zero + 1, zero + 3), 1)
     assert set(lanes.sample_id.tolist()) <= {4, 5, 1} and int(parked.begin[0]) == (2 if num_lanes == 3 else 1)
+
+
+def test_the_schedule_equals_a_plain_one():
+    """An attack that needs as many calls as the label says: who is worked on, stored and left, and in which order."""
+    algorithm = Algorithm(
+        init=lambda sample: (sample, jnp.int32(0)), query=lambda state: state[0].x,
+        loss=lambda state, logits: logits.sum(), step=lambda state, evaluation: (state[0], state[1] + 1),
+        done=lambda state: state[1] >= state[0].y, finish=lambda state: state[1], gradient_free=True)
+    evaluate_fn = functools.partial(evaluate, algorithm, lambda images: images.reshape(len(images), -1))
+    compiled = jax.jit(lambda lanes, queue, parked, calls: drain(
+        algorithm, evaluate_fn, lanes, queue, parked, capacity=20, max_iterations=calls))
+    num_lanes, num_queue, num_parked = 3, 6, 4
+    seen = set()
+
+    def samples(ids, lengths):
+        return Sample(np.zeros((len(ids), 1, 1, 1)), np.int32(lengths), np.int32(ids), np.int32(ids))
+
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        ids, lengths = np.arange(13), random.integers(1, 7, 13)
+        done_before = (random.random(13) * lengths).astype(np.int32)  # of those in lanes and parked
+        occupied = random.random(num_lanes) < 0.7
+        (first, last), (begin, end) = (np.sort(random.integers(0, n + 1, 2)) for n in (num_queue, num_parked))
+        calls = int(random.choice([1, 3, 100]))
+        lanes = LanesState((samples(ids[:3], lengths[:3]), done_before[:3]),
+                           np.where(occupied, ids[:3], -1).astype(np.int32))
+        parked = LanesState((samples(ids[9:], lengths[9:]), done_before[9:]), np.int32(ids[9:]))
+        got, queue, rest, finished, made = jax.device_get(compiled(
+            lanes, Queue(samples(ids[3:9], lengths[3:9]), np.int32([first]), np.int32([last])),
+            Parked(parked, np.int32([begin]), np.int32([end])), np.int32(calls)))
+        # The same with lists.
+        at_work = [[i, done_before[i]] if occupied[i] else None for i in range(num_lanes)]
+        waiting = [[3 + i, 0] for i in range(first, last)] + [[9 + i, done_before[9 + i]] for i in range(begin, end)]
+        stored, number = [], 0
+        while number < calls and (waiting or any(at_work)):
+            number += 1
+            for lane, image in enumerate(at_work):
+                if image and image[1] + 1 == lengths[image[0]]:
+                    stored.append(image[0])
+                at_work[lane] = image and ([image[0], image[1] + 1] if image[1] + 1 < lengths[image[0]] else None)
+            at_work = [image or (waiting.pop(0) if waiting else None) for image in at_work]
+        assert finished.sample_id[:finished.count[0]].tolist() == stored and made.tolist() == [number]
+        assert (finished.sample_id[finished.count[0]:] == -1).all()
+        assert finished.outcome[:finished.count[0]].tolist() == lengths[stored].tolist()
+        assert got.sample_id.tolist() == [image[0] if image else -1 for image in at_work]
+        there = got.sample_id >= 0
+        assert got.attack[1][there].tolist() == [image[1] for image in at_work if image]
+        assert got.attack[0].y[there].tolist() == lengths[got.sample_id[there]].tolist()
+        fresh = sum(image[0] < 9 for image in waiting)
+        assert (int(queue.begin[0]), int(rest.begin[0])) == (last - fresh, end - (len(waiting) - fresh))
+        seen.add((fresh > 0, len(waiting) > fresh, any(at_work)))
+    assert len(seen) >= 4
 
 
 def test_a_lane_that_asks_for_no_gradient_gets_none_whatever_its_neighbours_ask_for():
@@ -497,8 +549,10 @@ def test_a_known_number_of_images_may_be_zero():
     params, apply_fn, x, _ = toy()
     options = dict(image_shape=x.shape[1:], dtype=x.dtype)
     assert list(attack_stream(params, apply_fn, [], num_images=0, **options)) == []
-    with pytest.raises(ValueError, match="num_images must be a whole number >= 0 or None, got -1"):
-        attack_stream(params, apply_fn, [], num_images=-1, **options)
+    for wrong, words in ((dict(num_images=-1), "num_images must be a whole number >= 0 or None, got -1"),
+                         (dict(lanes=0), "lanes must be a positive integer"), (dict(precision="fp8"), "precision")):
+        with pytest.raises(ValueError, match=words):
+            attack_stream(params, apply_fn, [], **wrong, **options)
 
 
 @pytest.mark.slow
@@ -529,12 +583,26 @@ def test_results_that_do_not_fit_into_the_device_are_not_lost(expected, monkeypa
     assert isinstance(result.adversarials, np.ndarray)
     same(result, expected)
 
+    def lost(tree):
+        raise jax.errors.JaxRuntimeError("INTERNAL: lost the device")
+
+    monkeypatch.setattr(api.jax, "block_until_ready", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lost the device"):
+        api._on_device(np.zeros(3))
+
 
 def test_a_bad_batch_is_refused_when_it_comes():
     params, apply_fn, x, y = toy()
-    bad = Sample(np.zeros((1, 9, 9, 3)), np.zeros(1, int), -np.ones(1, int), np.zeros(1, int))
-    with pytest.raises(ValueError, match=r"batch.*\[9, 9, 3\].*\[20, 20, 3\]"):
-        list(attack_stream(params, apply_fn, [bad], image_shape=x.shape[1:], dtype=x.dtype))
+    good = Sample(np.zeros((1, 20, 20, 3)), np.zeros(1, int), np.ones(1, int), np.zeros(1, int))
+    for change, words in ((dict(x=np.zeros((1, 9, 9, 3))), r"batch.*\[9, 9, 3\].*\[20, 20, 3\]"),
+                          (dict(x=good.x.astype("f4")), "batch.*float32, expected .*float64"),
+                          (dict(x=good.x + 1.1), r"x must lie inside bounds=\(0, 1\)"),
+                          (dict(y=good.y + 9), r"y must lie in \[0, 4\]"),
+                          (dict(target=good.y + 9), "targets must lie in"),
+                          (dict(target=good.y), "targets must differ from y")):
+        with pytest.raises(ValueError, match=words):
+            list(attack_stream(params, apply_fn, [good._replace(**change)], image_shape=x.shape[1:], dtype=x.dtype,
+                               targeted=True))
 
 
 def test_one_program_per_width(expected):

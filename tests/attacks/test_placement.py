@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax import devices
 from gse_jax.attacks import METHODS, program, runner
 from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.baselines.projected_gradient_descent import PGDSettings
@@ -114,6 +115,20 @@ def test_jax_s_default_device_is_where_an_attack_runs():
         assert result.adversarials.devices() == {device}
     np.testing.assert_allclose(result.adversarials, plain.adversarials, atol=1e-9)
     assert len(runner.layout(100, None, (8, 8, 3))[0]) == 4
+    with jax.default_device("cpu"):  # all of a kind may be wished for
+        assert devices.local_devices() == jax.local_devices(backend="cpu") and devices.platform() == "cpu"
+
+
+def test_who_chose_a_device_is_not_told_of_idle_cores(monkeypatch, caplog):
+    monkeypatch.setattr(devices, "_hinted", False)
+    monkeypatch.setattr(devices, "_num_cores", lambda: 3)
+    one = jax.local_devices()[:1]
+    with jax.default_device(one[0]):
+        devices.hint_at_idle_cores(one)
+    assert not caplog.records
+    for _ in range(2):
+        devices.hint_at_idle_cores(one)
+    assert len(caplog.records) == 1
 
 
 def test_what_waits_goes_to_the_devices_with_the_least_to_do():

@@ -10,6 +10,9 @@ import pytest
 
 import gse_jax
 from gse_jax import Status, metrics, ops
+from gse_jax.attacks.algorithm import Evaluation, Sample
+from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
+from gse_jax.attacks.refinement.algorithm import _precedes
 from gse_jax.attacks.refinement.descent import clip_to_caps, step_to_boundary
 from gse_jax.attacks.refinement.supports import power, propose
 from tests.toy_model import linear_logits, toy
@@ -118,6 +121,150 @@ def test_power_is_the_largest_first_order_change_inside_the_bounds():
     x, gradient = random.uniform(-1, 1, (4, 4, 2)), random.normal(size=(4, 4, 2))
     best = -np.min([gradient * (-1.0 - x), gradient * (1.0 - x)], axis=0)
     np.testing.assert_allclose(power(x, gradient, -1.0, 1.0), best.sum(-1))
+
+
+def measured(image, x, max_l2, size):
+    """Excess over the cap, patches, clusters, pixels and l2 norm."""
+    mask, l2 = (image != x).any(-1), float(np.sqrt(((image - x) ** 2).sum()))
+    excess = l2 / max_l2 - 1.0
+    clusters = metrics.count_clusters_host(mask[None])[0]
+    return excess if excess > 1e-5 else 0.0, touched(mask, size).sum(), clusters, mask.sum(), l2
+
+
+def precedes(new, old, objective):
+    first = {"patches": (0, 1, 2, 3, 4), "pixels": (0, 3, 1, 2, 4), "l2": (0, 4, 1, 2, 3)}[objective]
+    better = [new[i] for i in first] < [old[i] for i in first]
+    if objective == "patches" and new[2] > old[2] and new[0] >= old[0]:  # a cluster more must save eight patches
+        better &= old[1] - new[1] >= 8 * (new[2] - old[2])
+    return better
+
+
+@functools.cache
+def of_any_width():
+    """The refinement of images in bounds of an odd width, its compiled step, and such an image."""
+    algorithm = REFINE.bind(RefineSettings(), RefineHyperparams(), targeted=False, bounds=(-2.1179, 2.64), key=None)
+    return algorithm, jax.jit(algorithm.step), np.random.default_rng(0).uniform(-2, -1, (8, 8, 1)).astype("f4")
+
+
+def evaluated(logits, margin, slope, start):
+    """The state after the first evaluation, of the image that was given."""
+    algorithm, step, x = of_any_width()
+    state = algorithm.init(Sample(x, np.int32(0), np.int32(-1), np.int32(0), start=start))
+    return step(state, Evaluation(np.float32(logits), np.float32(margin), np.full(x.shape, slope, "f4")))
+
+
+def test_what_is_tried_next_stays_inside_the_bounds():
+    """Values that go to a bound come back into the caller's units with a rounding."""
+    algorithm, _, x = of_any_width()
+    point = np.asarray(algorithm.query(evaluated([-1, 0, 0], 1e6, -1, 0 * x + np.float32(2.6))))
+    highest, unit = np.float32(2.64), np.float32(0.5 * (2.64 + 2.1179))
+    assert (x + unit * ((highest - x) / unit)).max() > highest
+    assert (point == highest).sum() >= 32 and point.max() == highest
+
+
+@pytest.mark.parametrize("moved, logits, margin, slope, status", [
+    (True, [-1, 0, 0], -1, 1, -1), (True, [1, 0, 0], 1, 1, Status.NOT_FOUND),
+    (False, [1, 0, 0], 1, 1, Status.NOT_FOUND),
+    (False, [-1, 0, 0], -1, np.nan, Status.ALREADY_MISCLASSIFIED), (True, [-1, 0, 0], -1, np.nan, Status.FOUND),
+    (True, [1, np.nan, 0], np.nan, np.nan, Status.NON_FINITE), (True, [1, 0, -np.inf], 1, 1, Status.NON_FINITE),
+    (True, [1, 0, 0], 1, np.nan, Status.NON_FINITE)])
+def test_a_given_image_is_believed_as_far_as_the_model_confirms_it(moved, logits, margin, slope, status):
+    algorithm, step, x = of_any_width()
+    given = x - np.float32(0.1 * moved)
+    state = evaluated(logits, margin, slope, given)
+    outcome = algorithm.finish(state)
+    assert int(state.status) == status and int(outcome.gradient_evals) == 1
+    np.testing.assert_array_equal(outcome.adversarials, given if status == Status.FOUND else x)
+    if status == -1:  # what was found stays true whatever the model says elsewhere
+        state = step(state, Evaluation(np.float32([np.nan] * 3), np.float32(np.nan), np.full(x.shape, np.nan, "f4")))
+        outcome = algorithm.finish(state)
+        assert int(outcome.status) == Status.FOUND and bool(outcome.success)
+        np.testing.assert_array_equal(outcome.adversarials, given)
+
+
+@pytest.mark.parametrize("new, old, better", [
+    ((0, 9, 1, 9, 2), (0, 9, 1, 9, 2), False), ((0, 9, 1, 8, 3), (0, 9, 1, 9, 2), True),
+    ((0, 9, 1, 9, 3), (0, 9, 1, 9, 2), False),
+    ((0, 9, 1, 9, 2), (0.1, 1, 1, 1, 1), True), ((0.2, 1, 1, 1, 1), (0.1, 9, 1, 9, 2), False),
+    # One cluster more must save eight patches, unless the caps come nearer; one fewer need not save any.
+    ((0, 12, 2, 9, 2), (0, 20, 1, 9, 2), True), ((0, 13, 2, 9, 2), (0, 20, 1, 9, 2), False),
+    ((0, 4, 3, 9, 2), (0, 20, 1, 9, 2), True), ((0, 5, 3, 9, 2), (0, 20, 1, 9, 2), False),
+    ((0.1, 20, 3, 9, 2), (0.2, 20, 1, 9, 2), True), ((0, 20, 1, 9, 2), (0, 20, 2, 9, 2), True)])
+def test_fewer_patches_are_not_bought_with_fragments(new, old, better):
+    score = [jnp.asarray(one, float) for one in (new, old)]
+    assert bool(_precedes(*score, "patches")) == better == precedes(new, old, "patches")
+
+
+@pytest.mark.parametrize("objective, max_l2, size, moves", [
+    ("patches", 1.5, 2, ("shrink", "relocate", "thin")), ("pixels", np.inf, 8, ("thin", "shrink")),
+    ("l2", np.inf, 2, ("scale",))])
+def test_the_walk_equals_a_plain_one_whatever_the_model_says(objective, max_l2, size, moves):
+    """Made-up evaluations: all that is counted, kept and tried next, against the rules written out once more."""
+    settings = RefineSettings(objective, max_evals=80, max_repairs=4, max_failures=3, scales=(2.0, 1.0),
+                              patch_size=size)
+    num_walks = 1 if objective == "l2" else 2  # its supports depend on no blur
+    algorithm = REFINE.bind(settings, RefineHyperparams(max_l2=max_l2), targeted=False, bounds=BOUNDS, key=None)
+    step, ends = jax.jit(algorithm.step), set()
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        x, noise = (random.uniform(-0.5, 0.5, (8, 8, 1)) for _ in range(2))
+        # Sparse inside the cap, dense and beyond it, one pixel, and one pixel beyond it.
+        given = np.where(random.random((8, 8, 1)) < (0.3, 1.0, 0.0, 0.0)[seed], x + (1 + seed) * noise, x).clip(-1, 1)
+        x[0, 0], given[0, 0] = -0.9, (0.0, 0.0, 0.0, 0.9)[seed]
+        score = lambda image: measured(image, x, max_l2, size)
+        state = jax.tree.map(np.asarray, algorithm.init(Sample(x, np.int32(0), np.int32(-1), np.int32(0), start=given)))
+        move = repairs = failures = resting = walks = evals = 0
+        fraction, first_margin, blocked = 0.25, 0.0, np.zeros((8, 8), bool)
+        while int(state.status) == -1:
+            here, given_up = state.walk.point, state.walk.given_up
+            fooled = bool(random.random() < (0.5, 0.15, 0.8, 0.5)[seed] or evals == 0)
+            margin = float(random.uniform(-1, 0) if fooled else random.uniform(0, 1))
+            state = jax.tree.map(np.asarray, step(
+                state, Evaluation(np.asarray([margin, 0.0]), np.float64(margin), random.normal(size=x.shape))))
+            fooled, evals = fooled and bool((here != x).any()), evals + 1
+            if evals == 1:
+                origin = current = best = here
+                anew = succeeded = True
+            else:
+                succeeded = fooled and precedes(score(here), score(current), objective)
+                repairs += 1
+                first_margin = margin if repairs == 1 else first_margin
+                hopeless = repairs >= 3 and margin > 0.7 * first_margin
+                failed = not succeeded and (fooled or ((repairs >= 4 or hopeless) and score(current)[0] == 0.0))
+                unit = score(current)[3 if moves[move] == "thin" else 1]
+                single = fraction * unit <= 1.0
+                blocked = (blocked | given_up if failed and single else blocked) & (not succeeded)
+                if succeeded:
+                    current, failures, resting, fraction = here, 0, 0, min(1.5 * fraction, 0.5)
+                    best = here if precedes(score(here), score(best), objective) else best
+                elif failed:
+                    failures, fraction = failures + 1, 0.5 * fraction
+                anew = succeeded or failed
+            if anew:
+                repairs = 0
+                if failures >= 3 or (blocked | (current == x).all(-1)).all():
+                    move, fraction, failures, resting = (move + 1) % len(moves), max(fraction, 0.1), 0, resting + 1
+                    blocked = np.zeros_like(blocked)
+                if resting >= len(moves):
+                    move, fraction, resting, walks, current = 0, 0.25, 0, walks + 1, origin
+            walk = state.walk
+            assert (int(walk.move), int(walk.repairs), int(walk.failures), int(walk.resting), int(walk.round),
+                    int(state.evals)) == (move, repairs, failures, resting, walks, evals)
+            np.testing.assert_allclose(walk.fraction, fraction)
+            np.testing.assert_array_equal(walk.blocked, blocked)
+            np.testing.assert_array_equal(state.current.image, current)
+            np.testing.assert_array_equal(state.best, best)
+            kept, (_, patches, _, pixels, _) = score(best)[0] == 0.0, score(best)
+            over = evals >= 80 or walks >= num_walks or (objective != "l2" and kept and patches <= 1 and pixels <= 1)
+            assert int(state.status) == ((Status.FOUND if kept else Status.NOT_FOUND) if over else -1)
+            # What is tried next lies in the bounds and, unless it is pulled inside the cap first, on the support.
+            assert np.abs(walk.point).max() <= 1.0 and score(walk.point)[0] == 0.0
+            assert walk.support.all() or score(current)[0] == 0.0 or not anew
+            assert not (walk.point != x).any(-1)[~walk.support].any()
+        outcome = algorithm.finish(state)
+        np.testing.assert_array_equal(outcome.adversarials, best if outcome.success else x)
+        ends.add((evals == 80, walks))
+    assert len(ends) > 1
 
 
 def random_network(key, dtype=jnp.float32, side=20, classes=4):
@@ -306,11 +453,14 @@ def test_states_of_images_that_cannot_be_refined():
     (dict(max_linf=-1.0), ValueError, "max_linf=-1 must be > 0"),
     (dict(max_l2=float("nan")), ValueError, "max_l2=nan must be > 0"),
     (dict(max_l2=-3.0, bounds=(-4.0, 4.0)), ValueError, "max_l2=-3 must be > 0"),
+    (dict(max_l2=True), TypeError, "max_l2 must be a number in the units of bounds, got True"),
+    (dict(max_l2=np.ones(2)), TypeError, "max_l2 must be a number in the units of bounds, got array"),
     (dict(max_linf="1"), TypeError, "max_linf must be a number in the units of bounds, got '1'"),
     (dict(max_evals=0), ValueError, "max_evals=0 must be >= 1"),
     (dict(adversarials=np.zeros((2, 20, 20, 3), np.float32)), ValueError, "the shape of x"),
     (dict(adversarials=np.zeros((6, 20, 20, 3))), TypeError, "the dtype of x, float32"),
     (dict(adversarials=np.full((6, 20, 20, 3), 2.0, np.float32)), ValueError, "image 0 is not"),
+    (dict(adversarials=np.full((6, 20, 20, 3), -2.0, np.float32)), ValueError, "image 0 is not"),
     (dict(adversarials=np.full((6, 20, 20, 3), np.nan, np.float32)), ValueError, "finite"),
     (dict(adversarials=gse_jax.AttackResult(*[np.zeros(6)] * 6)), TypeError, "result.adversarials"),
 ])

@@ -60,7 +60,7 @@ def test_what_ran_can_be_run_again_and_is_json():
     params_of = run_attack(params, apply_fn, x[:0], np.asarray(y[:0]), bounds=(-1.0, 1.0),
                            method="gse_refined", hyperparams=caps)
     json.loads(json.dumps(params_of.about, allow_nan=False))
-    assert params_of.about["hyperparams"]["max_l2"] == "inf"
+    assert params_of.about["hyperparams"]["max_l2"] == "inf" and params_of.clean_accuracy is None
 
 
 def test_a_success_that_a_fresh_pass_denies_is_none():
@@ -86,6 +86,35 @@ def test_a_success_that_a_fresh_pass_denies_is_none():
                      settings=SigmaZeroSettings(max_steps=2), **options)
     np.testing.assert_array_equal(run.status, Status.NOT_FOUND)
     assert run.summary().asr_attacked == 0.0
+
+
+def test_what_is_kept_of_an_attack_that_claims_too_much(monkeypatch):
+    """The class is four times the first pixel. Kept, denied, not claimed, and wrongly called misclassified."""
+    x = np.zeros((5, 8, 8, 1), np.float32)
+    x[:, 0, 0, 0] = np.asarray([0, 1, 2, 3, 1]) / 4
+    y, targets = np.asarray([4, 1, 2, 3, 1]), np.asarray([0, 2, 3, 4, 0])
+    seen = []
+
+    def claims(params, apply_fn, x, y, *, targets, **_):
+        seen.append(targets.tolist())
+        adversarials = x.copy()
+        adversarials[:2, 0, 0, 0] = [2 / 4, 0.9 / 4][:len(x)]
+        status = np.asarray([Status.FOUND, Status.FOUND, Status.NOT_FOUND, Status.ALREADY_MISCLASSIFIED][:len(x)])
+        found = status == Status.FOUND
+        return gse_jax.AttackResult(adversarials, found, status, 5 + found, 7 + found, np.float32(0.5) * found)
+
+    monkeypatch.setattr("gse_jax.evaluation.attack_run.attack", claims)
+    run = run_attack(None, lambda _, x: -jnp.square(4 * x[:, 0, 0, :] - jnp.arange(5, dtype=x.dtype)[None]), x, y,
+                     targets=targets)
+    assert seen == [[], [2, 3, 4, 0]]
+    assert run.status.tolist() == [Status.ALREADY_MISCLASSIFIED, Status.FOUND, *[Status.NOT_FOUND] * 3]
+    assert run.success.tolist() == [True, True, False, False, False]
+    assert run.predictions_before.tolist() == [0, 1, 2, 3, 1] and run.predictions_after.tolist() == [0, 2, 2, 3, 1]
+    unchanged = np.arange(5) != 1
+    np.testing.assert_array_equal(run.adversarials[unchanged], x[unchanged])
+    np.testing.assert_array_equal(run.confidences_after[unchanged], run.confidences_before[unchanged])
+    assert run.tradeoff.tolist() == [0, 0.5, 0, 0, 0]
+    assert run.gradient_evals.tolist() == [0, 6, 6, 5, 5] and run.forward_evals.tolist() == [0, 8, 8, 7, 7]
 
 
 def test_the_fresh_pass_is_compiled_once_for_our_models_and_anew_for_functions():
@@ -126,6 +155,16 @@ def test_predict_equals_one_call_for_any_number():
         labels, confidences = predict(params, apply_fn, x[:count])
         assert labels.shape == confidences.shape == (count,)
         np.testing.assert_array_equal(labels, apply_fn(params, x[:count]).argmax(-1))
+
+
+def test_images_are_kept_as_the_attack_saw_them():
+    """In float32 where JAX has nothing wider; with other digits every pixel would count as changed."""
+    with jax.enable_x64(False):
+        x = np.full((1, 8, 8, 1), 0.1)
+        run = run_attack(None, lambda _, x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1), x, np.int32([0]))
+    assert run.x.dtype == run.adversarials.dtype == np.float32
+    np.testing.assert_array_equal(run.adversarials, x.astype(np.float32))
+    assert run.clean_accuracy == 0.0 and run.about["seed"] == 0  # of a key that was not given
 
 
 def test_next_class_wraps():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 import pytest
 
@@ -51,7 +52,10 @@ def test_no_changed_byte_goes_unnoticed(tmp_path):
             assert entry in ENTRIES, place
 
 
-def test_a_write_that_fails_half_way_tears_no_neighbour(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, seen, words", [
+    (OSError(errno.ENOSPC, "No space left on device"), StoreError, "j.jsonl: the disk is full; free some space"),
+    (KeyboardInterrupt(), KeyboardInterrupt, None)])
+def test_a_write_that_fails_half_way_tears_no_neighbour(tmp_path, monkeypatch, error, seen, words):
     path = tmp_path / "j.jsonl"
     with Journal(path) as journal:
         journal.append(ENTRIES[:1])
@@ -59,15 +63,50 @@ def test_a_write_that_fails_half_way_tears_no_neighbour(tmp_path, monkeypatch):
 
         def full(file, content):
             if len(content) < 20:
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise error
             return real(file, content[:10])
 
         monkeypatch.setattr(os, "write", full)
-        with pytest.raises(StoreError, match="j.jsonl: the disk is full; free some space"):
+        with pytest.raises(seen, match=words):
             journal.append(ENTRIES[1:2])
         monkeypatch.undo()
-        journal.append(ENTRIES[2:])
-    assert list(read_journal(path)) == [ENTRIES[0], ENTRIES[2]]
+        for entry in ENTRIES[2:] + ENTRIES[:1]:
+            journal.append([entry])
+    assert list(read_journal(path)) == [ENTRIES[0], ENTRIES[2], ENTRIES[0]]
+    assert path.read_bytes().count(b"\n") == 4  # the torn one is ended once
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """What is flushed, by size or as "folder", and which names are given, in order."""
+    calls, fsync = [], os.fsync
+
+    def noted(file):
+        status = os.fstat(file)
+        calls.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for name in ("replace", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *paths, name=name, real=real: calls.append(name) or real(*paths))
+    return calls
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows orders the names itself")
+def test_a_power_cut_finds_the_content_before_the_name(tmp_path, flushed):
+    write_file(tmp_path / "f", lambda file: file.write(b"new"))
+    assert flushed == [3, "replace", "folder"]
+    flushed.clear()
+    write_file(tmp_path / "g", lambda file: file.write(b"first"), exclusive=True)
+    assert flushed == [5, "link", "folder"]
+    flushed.clear()
+    with Journal(tmp_path / "j.jsonl") as journal:
+        assert flushed == ["folder"]
+        for entry in ENTRIES:
+            journal.append([entry])
+            assert flushed[1:] == [(tmp_path / "j.jsonl").stat().st_size]
+            del flushed[1:]
 
 
 def test_nan_is_refused_rather_than_written(tmp_path):
@@ -104,7 +143,7 @@ def test_a_file_is_written_once_also_where_there_are_no_hard_links(tmp_path, mon
 
 
 @pytest.mark.parametrize("line", [b'{"a":NaN,"checksum":"0"}', b'{"a":1e999,"checksum":"0"}', b"[" * 100_000,
-                                  b'{"a":' + b"[" * 800 + b"]" * 800 + b',"checksum":"0"}'])
+                                  b"[1]", b"7", b"null", b'{"a":' + b"[" * 800 + b"]" * 800 + b',"checksum":"0"}'])
 def test_a_damaged_line_that_is_json_is_dropped_too(tmp_path, line):
     path = tmp_path / "journal.jsonl"
     written(path, ENTRIES[:2])

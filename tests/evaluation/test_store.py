@@ -15,6 +15,7 @@ from gse_jax.evaluation.store import (
     prepare,
     read_manifest,
     valid_records,
+    widen_manifest,
     write_manifest,
 )
 
@@ -65,6 +66,13 @@ def test_records_find_their_images_and_clean_images_are_kept_once(tmp_path):
         assert arrays["adversarial"].shape[0] == 3
 
 
+def test_an_array_file_may_be_larger_than_a_plain_zip_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("zipfile.ZIP64_LIMIT", 100)
+    prepare(tmp_path, 0)
+    write_all(tmp_path, [finished(i) for i in range(9)])
+    assert len(check_all(tmp_path)) == 9
+
+
 def test_a_record_without_its_array_file_does_not_count(tmp_path):
     prepare(tmp_path, 0)
     write_all(tmp_path, [finished(0)], [finished(1)])
@@ -73,6 +81,28 @@ def test_a_record_without_its_array_file_does_not_count(tmp_path):
     # A new file must not take the name of the lost one: its record would find other images.
     write_all(tmp_path, [finished(2)])
     assert check_all(tmp_path) == {("a", "s0"), ("a", "s2")}
+
+
+def test_a_writer_tidies_up_after_itself_alone(tmp_path):
+    """Others may be half-way through theirs."""
+    prepare(tmp_path, 0)
+    own = ["shard-1-of-3-00007.npz", ".shard-1-of-3-00007.npz.0f.tmp"]
+    others = ["shard-1-of-30-00007.npz", ".shard-1-of-30-00007.npz.0f.tmp", "main-00000.npz", ".main-00000.npz.0f.tmp",
+              ".shard-1-of-3-notes", "shard-1-of-3-00007.npz.bak"]
+    for name in own + others:
+        (tmp_path / "arrays" / name).touch()
+    with Writer(tmp_path, "shard-1-of-3", (1, 3)):
+        assert sorted(os.listdir(tmp_path / "arrays")) == sorted(others)
+
+
+def test_a_writer_that_cannot_open_its_files_holds_no_lock(tmp_path):
+    prepare(tmp_path, 0)
+    (tmp_path / "events" / "main.jsonl").mkdir()
+    with pytest.raises(StoreError, match="main.jsonl"):
+        write_all(tmp_path, [finished(0)])
+    (tmp_path / "events" / "main.jsonl").rmdir()
+    write_all(tmp_path, [finished(0)])
+    assert check_all(tmp_path) == {("a", "s0")}
 
 
 class Killed(BaseException):
@@ -145,8 +175,17 @@ def test_the_manifest_is_written_once(tmp_path):
     assert read_manifest(tmp_path)["who"] == "first"
 
 
+def test_the_manifest_grows_and_never_shrinks(tmp_path):
+    write_manifest(tmp_path, {"format_version": 1, "who": "first", "cases": [{"name": "a"}], "num_samples": 5})
+    for cases, num_samples, names, most in (("a", 3, "a", 5), ("a", 8, "a", 8), ("ba", 2, "ab", 8), ("c", 9, "abc", 9)):
+        widen_manifest(tmp_path, [{"name": name} for name in cases], num_samples)
+        assert read_manifest(tmp_path) == {"format_version": 1, "who": "first", "num_samples": most,
+                                           "cases": [{"name": name} for name in names]}
+
+
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "damaged"), ("[]", "damaged"), ('{"format_version": 99}', "version 99, this gse_jax")])
+    ("{", "damaged"), ("[]", "damaged"), ('{"format_version": 0}', "version 0, this gse_jax"),
+    ('{"format_version": 99}', "version 99, this gse_jax")])
 def test_a_damaged_manifest_is_told_in_one_line(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -154,6 +193,12 @@ def test_a_damaged_manifest_is_told_in_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="no manifest.json"):
         read_manifest(tmp_path / "nowhere")
+
+
+def test_a_directory_that_is_made_holds_nothing(tmp_path):
+    """Whether it can be written to is tried out, and no trace of that is left."""
+    prepare(tmp_path / "deep" / "run", 0)
+    assert [path for path in (tmp_path / "deep").rglob("*") if path.is_file()] == []
 
 
 def test_no_room_on_the_disk_is_told_before_anything_is_computed(tmp_path):

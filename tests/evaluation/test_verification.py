@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ def rewrite_records(run_dir, change):
     (run_dir / "records" / "main.jsonl").unlink()
     with Journal(run_dir / "records" / "main.jsonl") as journal:
         journal.append(change(dict(record)) for record in records)
+
+
+def rewrite_one(run_dir, victim, **change):
+    key = victim["sample_id"], victim["case"]
+    rewrite_records(run_dir, lambda record: record | (change if (record["sample_id"], record["case"]) == key else {}))
 
 
 def rewrite_arrays(run_dir, name, change):
@@ -67,12 +73,28 @@ def test_a_success_that_is_none_is_found(run_dir):
     assert any(victim["sample_id"] in p and "recorded as a success" in p for p in result.problems)
 
 
-def test_an_image_out_of_bounds_is_found(run_dir):
+def test_a_success_that_is_not_claimed_is_counted(run_dir):
+    victim = first_success(run_dir)
+    rewrite_one(run_dir, victim, success=False, status="not_found")
+    result = verify(run_dir, model=model())
+    case = result.cases[victim["case"]]
+    assert (case.unclaimed, case.claimed) == (1, case.attacked - 1) and result.ok
+
+
+def test_a_success_without_images_is_found(run_dir):
+    victim = first_success(run_dir)
+    rewrite_one(run_dir, victim, array=None)
+    result = verify(run_dir, model=model())
+    assert result.problems == [f"{victim['case']}, sample {victim['sample_id']}: recorded as found, but without images"]
+
+
+@pytest.mark.parametrize("value", [1.0 + 1e-6, -1e-6, np.nan, np.inf])
+def test_an_image_out_of_bounds_is_found(run_dir, value):
     victim = first_success(run_dir)
     name, row = victim["array"]
 
     def leave(arrays):
-        arrays["adversarial"][row, 0, 0, 0] = 1.0 + 1e-6
+        arrays["adversarial"][row, 0, 0, 0] = value
         return arrays
 
     rewrite_arrays(run_dir, name, leave)
@@ -82,19 +104,59 @@ def test_an_image_out_of_bounds_is_found(run_dir):
     assert any("leaves the bounds" in problem for problem in result.problems)
 
 
+def test_a_clean_image_of_another_class_is_found(run_dir):
+    """But not judged after rounding, which may turn it."""
+    rounded = verify(run_dir, model=model(), quantize=True).cases
+    run, (apply_fn, params) = open_run(run_dir), model()
+
+    def classes(record):
+        image = run.images(record)[1]
+        return [int(apply_fn(params, one[None]).argmax()) for one in (image, quantized(image, (0.0, 1.0)))]
+
+    victim = next(r for r in run.records if r["status"] == "found" and r["target"] is None
+                  and r["label"] not in classes(r))
+    other = next(label for label in range(5) if label not in (victim["label"], *classes(victim)))
+    rewrite_one(run_dir, victim, label=other)
+    result = verify(run_dir, model=model())
+    case = result.cases[victim["case"]]
+    assert case.confirmed == case.claimed - 1 and result.num_problems == 1
+    assert f"the clean image is classified as {victim['label']}, label {other}" in result.problems[0]
+    assert verify(run_dir, model=model(), quantize=True).cases == rounded
+
+
+@pytest.mark.parametrize("size", [1, 5, 71, 1000])
+def test_every_image_is_looked_at_once(whole, size):
+    batches = list(verification._batches(whole, None, size))
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    looked_at = [(record["case"], record["sample_id"]) for batch in batches for record, _, _ in batch]
+    assert sorted(looked_at) == sorted((r["case"], r["sample_id"]) for r in whole.records if r["array"])
+
+
+def test_a_row_that_is_not_there_and_more_problems_than_are_listed(run_dir, monkeypatch):
+    monkeypatch.setattr(verification, "_SHOWN_PROBLEMS", 2)
+    records = open_run(run_dir).records
+    rewrite_records(run_dir, lambda record: record | (
+        {"array": [record["array"][0], 999]} if record["array"] and record["target"] is None else {}))
+    result = verify(run_dir, model=model())
+    assert result.num_problems == sum(r["array"] is not None and r["target"] is None for r in records)
+    assert len(result.problems) == 2 and all("index 999 is out of bounds" in problem for problem in result.problems)
+
+
+def test_logits_that_are_not_finite_confirm_nothing(whole):
+    record = next(r for r in whole.records if r["status"] == "found" and r["target"] is None)
+    tally = verification._Tally(whole, None, False)
+    tally._judge(record, record["label"], -1, True, {})
+    result = tally.result()
+    assert result.cases[record["case"]] == (1, 1, 0, 0, 0, 0) and result.num_problems == 1
+
+
 @pytest.mark.parametrize("field", ["changed_pixels", "num_clusters", "l2", "linf", "patch_count"])
 def test_a_flattering_number_is_found(run_dir, field):
-    victim = first_success(run_dir)["sample_id"], first_success(run_dir)["case"]
-
-    def flatter(record):
-        if (record["sample_id"], record["case"]) == victim:
-            record[field] = 0.9 * record[field]
-        return record
-
-    rewrite_records(run_dir, flatter)
+    victim = first_success(run_dir)
+    rewrite_one(run_dir, victim, **{field: (1 - 2e-4) * victim[field]})  # twice what rounding is granted
     result = verify(run_dir, model=model())
     assert result.num_problems == 1 and field in result.problems[0]
-    assert result.cases[victim[1]].differing_metrics == 1
+    assert result.cases[victim["case"]].differing_metrics == 1
 
 
 def test_a_damaged_or_lost_array_file_is_told(run_dir):
@@ -192,3 +254,17 @@ def test_the_same_model_from_another_script_verifies(run_dir):
         return apply_fn(params, x)
 
     assert verify(run_dir, model=(elsewhere, params)).ok
+
+
+def test_bounds_are_those_that_the_images_can_hold():
+    """2.2 in float32 lies above 2.2; an image that touches it is inside."""
+    run = SimpleNamespace(manifest={"cases": [{"name": "a"}], "bounds": [-1.8, 2.2], "dtype": "float32"})
+    record = {"case": "a", "sample_id": "s", "label": 0, "target": None, "success": False}
+    x = np.zeros((8, 8, 1), np.float32)
+    for highest, outside in ((np.float32(2.2), 0), (np.nextafter(np.float32(2.2), np.float32(3)), 1)):
+        tally = verification._Tally(run, lambda images: SimpleNamespace(classes=np.zeros(len(images), int)), False)
+        adversarial = x.copy()
+        adversarial[0, :2, 0] = -1.8, highest
+        assert float(adversarial.max()) > 2.2
+        tally.look_at([(record, x, adversarial)], 1)
+        assert tally.result().cases["a"].out_of_bounds == outside

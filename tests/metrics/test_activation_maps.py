@@ -133,6 +133,7 @@ def test_normalise_map_is_per_image_and_never_nan():
     got = metrics.normalise_map(maps)
     np.testing.assert_allclose(got[0], np.arange(6).reshape(2, 3) / 5, rtol=1e-6)
     np.testing.assert_array_equal(got[1:], np.zeros((2, 2, 3)))
+    np.testing.assert_allclose(metrics.normalise_map(1e-6 * maps)[0], got[0], rtol=1e-5)  # of small gradients
     assert metrics.normalise_map(maps[:0]).shape == (0, 2, 3)
     with pytest.raises(ValueError, match="maps must be"):
         metrics.normalise_map(maps[0])
@@ -146,3 +147,6 @@ def test_resize_map_keeps_range_and_place():
     assert np.unravel_index(got[0].argmax(), (16, 20)) == (14, 0) or got[0, 15, 0] == got[0].max()
     assert got.min() >= 0 and got.max() <= 1
     np.testing.assert_allclose(got[1], np.full((16, 20), 0.25), rtol=1e-6)
+    ramp = np.asarray(metrics.resize_map(np.asarray([[[0.0, 1.0], [2.0, 3.0]]]), 4, 4))[0]
+    between = np.asarray([0.0, 0.25, 0.75, 1.0])  # bilinear: centres of pixels, constant beyond the outermost
+    np.testing.assert_allclose(ramp, 2 * between[:, None] + between, rtol=1e-6)

@@ -80,6 +80,13 @@ def test_non_finite_adversarial_is_a_failure():
     assert (got.num_found, got.num_non_finite, got.asr_attacked) == (1, 2, 1 / 4)
     assert got.changed_pixels == (5.0, 5.0, None, 1)
     assert got.asr_all == 2 / 5
+    result.adversarials[4, 0, 0, 0] = np.inf  # of the image with status NON_FINITE: counted once
+    assert metrics.summary(x, result).num_non_finite == 2
+
+
+def test_what_float32_can_hold_is_finite():
+    x = np.full((1, 8, 8, 1), 1e5)
+    assert metrics.image_metrics(x, x, bounds=(0.0, 2e5)).finite.all()
 
 
 def test_image_metrics_do_not_depend_on_the_chunk(monkeypatch):
@@ -124,5 +131,13 @@ def test_a_summary_refuses_images_outside_its_bounds():
     with pytest.raises(ValueError, match=r"values from -1 to 1, outside bounds=\(0, 1\); pass the bounds"):
         metrics.summary(x, result)
     assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_found == 2
+    for highest, refused in ((1.001, False), (1.003, True)):  # rounding is a thousandth of the range
+        x[1, 7, 7, 2] = highest
+        if refused:
+            with pytest.raises(ValueError, match="outside bounds"):
+                metrics.summary(x, result, bounds=(-1.0, 1.0))
+        else:
+            metrics.summary(x, result, bounds=(-1.0, 1.0))
+    x[1, 7, 7, 2] = 1.0
     x[0, 0, 0] = np.nan, np.inf, 0.0  # are told in other words
     assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_non_finite == 1

@@ -64,6 +64,17 @@ def test_features_that_are_a_side_branch_are_refused():
         with_feature_offset(copied, PARAMS, X)
 
 
+def test_features_that_are_given_or_constant():
+    """The images themselves take the offset; a number in the program cannot."""
+    offset_apply, _ = with_feature_offset(lambda p, a: (a @ p, a), PARAMS, X)
+    offset = jax.random.normal(jax.random.key(1), X.shape)
+    logits, features = offset_apply(PARAMS, X, offset)
+    np.testing.assert_allclose(features, X + offset, rtol=1e-6)
+    np.testing.assert_allclose(logits, (X + offset) @ PARAMS, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="the returned features are a constant"):
+        with_feature_offset(lambda p, a: (a @ p, 1.0), PARAMS, X)
+
+
 def test_a_model_that_returns_something_else_is_refused():
     for apply_fn in (
         lambda p, a: a @ p,

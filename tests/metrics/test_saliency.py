@@ -79,7 +79,7 @@ def test_saliency_in_float64_under_jit_and_for_no_images():
 def test_saliency_refuses_labels_that_would_be_misread():
     params, apply_fn = make_model()
     x, y, targets = make_batch(3)
-    for bad in (targets + 4, targets - 4):
+    for bad in (targets + 4, targets - 4, np.asarray([0, 4, 3]), np.asarray([0, -1, 3])):
         with pytest.raises(ValueError, match=r"targets must lie in \[0, 4\)"):
             metrics.adversarial_saliency(params, apply_fn, x, y, bad)
     with pytest.raises(TypeError, match="y must be integer"):
@@ -169,6 +169,13 @@ def test_score_is_never_nan():
     assert metrics.interpretability_score(x[:0], x[:0], saliency[:0]).shape == (0, 5)
 
 
+def test_values_that_are_not_finite_take_no_rank():
+    x, saliency = np.zeros((1, 2, 4, 1), np.float32), np.asarray([1, 2, 3, 4] + [np.nan, np.inf, -np.inf, np.nan], "f4")
+    adversarials = np.asarray([1, 1, 1, 1, 0, 0, 0, 0], "f4").reshape(x.shape)
+    got = metrics.interpretability_score(x, adversarials, saliency.reshape(x.shape), percentiles=(25, 50, 75, 100))
+    np.testing.assert_allclose(got, np.sqrt([[0.75, 0.5, 0.25, 0.0]]), rtol=1e-6)
+
+
 def test_score_does_not_underflow():
     x = np.zeros((1, 4, 4, 1), np.float32)
     adversarials, saliency = x.copy(), np.arange(16, dtype=np.float32).reshape(x.shape)
@@ -179,7 +186,8 @@ def test_score_does_not_underflow():
 
 def test_score_refuses_wrong_arguments():
     x = np.zeros((1, 4, 4, 1), np.float32)
-    with pytest.raises(ValueError, match="percentiles"):
-        metrics.interpretability_score(x, x, x, percentiles=(0,))
+    for percentile in (0, -1, 100.5):
+        with pytest.raises(ValueError, match="percentiles"):
+            metrics.interpretability_score(x, x, x, percentiles=(50, percentile))
     with pytest.raises(ValueError, match="does not fit"):
         metrics.interpretability_score(x, x, x[0])

@@ -174,6 +174,10 @@ def test_unchanged_nan_and_no_images():
     x = np.full((2, 9, 9, 3), np.nan, np.float32)
     assert metrics.changed_pixels(x, x).tolist() == [0, 0]
     assert metrics.l2_norm(x, x).tolist() == [0, 0]
+    finite = np.zeros_like(x)
+    finite[:, 2, 2, 1] = np.nan  # in one of both images only: a change
+    assert metrics.changed_pixels(np.zeros_like(x), finite).tolist() == [1, 1]
+    assert metrics.changed_pixels(finite, np.zeros_like(x)).tolist() == [1, 1]
     infinite = np.full((1, 9, 9, 3), np.inf, np.float32)
     assert metrics.l2_norm(infinite, infinite).tolist() == [0]
     none = np.zeros((0, 9, 9, 3), np.float32)
