@@ -197,7 +197,7 @@ class _Tally:
                                  + (" after rounding to 8 bits" if self._quantize else ""))
         differing = [] if self._quantize else [
             f"{name} {record[name]} recorded, {value} measured" for name, value in numbers.items()
-            if not np.isclose(record[name], value, rtol=_TOLERANCE, atol=0)]
+            if not np.isclose(record[name], value, rtol=_TOLERANCE if isinstance(value, float) else 0, atol=0)]
         if differing:
             counts["differing_metrics"] += 1
             self.problem(record, "; ".join(differing))

@@ -106,6 +106,25 @@ def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
     assert len(done) == 2
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_nor_does_who_ends_it_from_outside(monkeypatch, error):
+    """Whoever stops reading is not given another."""
+    monkeypatch.setattr(runner, "_stretch", lambda number: number)
+
+    def work():
+        yield from ([1], [2])
+        raise error
+
+    stretches, seen = runner._stretches(work(), behind=True), []
+    with pytest.raises(error):
+        for number in stretches:
+            seen.append(number)
+    assert seen == [1, 2]
+    stretches = runner._stretches(work(), behind=True)
+    assert next(stretches) == 1
+    stretches.close()
+
+
 @pytest.mark.slow
 def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     """Whatever the order, results stay (above); a long image that waits would make the tail longer."""
@@ -195,8 +214,9 @@ def test_the_schedule_equals_a_plain_one():
         random = np.random.default_rng(seed)
         ids, lengths = np.arange(13), random.integers(1, 7, 13)
         done_before = (random.random(13) * lengths).astype(np.int32)  # of those in lanes and parked
-        occupied = random.random(num_lanes) < 0.7
+        occupied = random.random(num_lanes) < (0.7 if seed % 4 else 0.0)
         (first, last), (begin, end) = (np.sort(random.integers(0, n + 1, 2)) for n in (num_queue, num_parked))
+        first, begin = (last, begin) if seed % 8 == 0 else (first, end if seed % 8 == 4 else begin)
         calls = int(random.choice([1, 3, 100]))
         lanes = LanesState((samples(ids[:3], lengths[:3]), done_before[:3]),
                            np.where(occupied, ids[:3], -1).astype(np.int32))

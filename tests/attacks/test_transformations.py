@@ -170,7 +170,11 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     globals_of = {"named": named}
     exec("def by_module(_, x): return named.layer(x)", globals_of)
     exec("def by_method(_, x): return named.layer.kernel.sum()", globals_of)
-    for hidden in (globals_of["by_module"], globals_of["by_method"], Shared(), lambda _, x, *, net=layer: net(x),
+    exec("def inside(_, x): return map(lambda image: layer(image), x)", inner := {"layer": layer})
+    bound = types.MethodType(lambda self, _, x: self.layer(x), types.SimpleNamespace(layer=layer))
+    for hidden in (globals_of["by_module"], globals_of["by_method"], inner["inside"], bound, Shared(),
+                   functools.partial(lambda _, x, net: net(x), net=layer), lambda _, x, net=layer: net(x),
+                   lambda _, x, *, net=layer: net(x),
                    lambda _, x: slotted.layer(x), lambda _, x: (deep, holder)[1].trainer.layer(x)):
         assert hashable(hidden) is not hidden
     assert hashable(toy()[1]) is toy()[1]

@@ -124,8 +124,9 @@ def test_a_clean_image_of_another_class_is_found(run_dir):
     assert verify(run_dir, model=model(), quantize=True).cases == rounded
 
 
-@pytest.mark.parametrize("size", [1, 5, 71, 1000])
+@pytest.mark.parametrize("size", [1, 5, -1, 1000])
 def test_every_image_is_looked_at_once(whole, size):
+    size = size if size > 0 else sum(r["array"] is not None for r in whole.records) - 1  # one is left over
     batches = list(verification._batches(whole, None, size))
     assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
     looked_at = [(record["case"], record["sample_id"]) for batch in batches for record, _, _ in batch]
@@ -148,6 +149,15 @@ def test_logits_that_are_not_finite_confirm_nothing(whole):
     tally._judge(record, record["label"], -1, True, {})
     result = tally.result()
     assert result.cases[record["case"]] == (1, 1, 0, 0, 0, 0) and result.num_problems == 1
+
+
+@pytest.mark.parametrize("recorded, measured, differs", [
+    ({"patch_count": 47_001}, {"patch_count": 47_000}, 1), ({"l2": 1.00001}, {"l2": 1.0}, 0), ({"l2": 1.001}, {"l2": 1.0}, 1)])
+def test_counts_must_be_equal_and_norms_nearly(whole, recorded, measured, differs):
+    record = next(r for r in whole.records if r["status"] == "found" and r["target"] is None) | recorded
+    tally = verification._Tally(whole, None, False)
+    tally._judge(record, record["label"], record["label"] + 1, True, measured)
+    assert tally.result().cases[record["case"]] == (1, 1, 1, 0, 0, differs)
 
 
 @pytest.mark.parametrize("field", ["changed_pixels", "num_clusters", "l2", "linf", "patch_count"])
