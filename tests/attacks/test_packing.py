@@ -62,6 +62,7 @@ def test_nothing_is_lost_until_all_are_done(platform, xp):
             # States travel with their images, and idle lanes hold the state of some image.
             for states in (lanes, parked):
                 assert (states.attack["value"] == 10.0 * states.attack["more"][:, 0]).all()
+                assert (states.attack["value"] >= 0.0).all()
                 there = states.sample_id != NO_SAMPLE
                 np.testing.assert_array_equal(states.attack["value"][there], 10.0 * states.sample_id[there])
             assert len(occupied) == min(unfinished, width * devices)

@@ -13,8 +13,8 @@ from gse_jax import Status, metrics, ops
 from gse_jax.attacks.algorithm import Evaluation, Sample
 from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
 from gse_jax.attacks.refinement.algorithm import _precedes
-from gse_jax.attacks.refinement.descent import clip_to_caps, step_to_boundary
-from gse_jax.attacks.refinement.supports import power, propose
+from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, last_digit, step_to_boundary
+from gse_jax.attacks.refinement.supports import _blurred, power, propose
 from tests.toy_model import linear_logits, toy
 
 BOUNDS = (-1.0, 1.0)
@@ -57,33 +57,46 @@ def test_level_sets_touch_as_many_patches_as_maxima_exceed_the_level(size):
 
 
 @pytest.mark.parametrize("moves", [("shrink",), ("relocate",), ("thin",), ("scale",)])
-@pytest.mark.parametrize("fraction", [0.01, 0.3])
+@pytest.mark.parametrize("fraction", [1e-17, 0.01, 0.3])
 def test_proposals_keep_their_promise(moves, fraction):
     random = np.random.default_rng(2)
     make = jax.jit(propose, static_argnames=("moves", "patch_size"))
+    blur, near = jax.jit(_blurred), jax.jit(lambda mask: ops.dilate(mask, 11))
     removed = 0
     for mask in [m for m in masks() if 4 < m.sum() < m.size]:
         powers = random.random(mask.shape)
         patches, pixels = touched(mask, 8).sum(), mask.sum()
+        closed = np.asarray(ops.close_patches(mask, 8))
+        # What failures give up: pixels that were removed, or for "relocate" added.
         blocked = mask & (random.random(mask.shape) < 0.1)
+        if moves == ("relocate",):
+            blocked = ~closed & (np.arange(mask.shape[1]) < 8)
         proposal = make(jnp.asarray(powers), jnp.asarray(mask), jnp.asarray(blocked), 0, fraction,
                         float(patches), float(pixels), 1.0, moves=moves, patch_size=8)
         support = np.asarray(proposal.support)
-        closed = np.asarray(ops.close_patches(mask, 8))
         if moves == ("scale",):
             np.testing.assert_array_equal(support, mask)
         elif moves == ("thin",):
             kept = min(np.floor(pixels * (1 - fraction)), pixels - 1)
             assert support.sum() == max(kept, 1) or (support == (mask & blocked)).all()
-            assert (support <= mask).all()
+            assert (support <= mask).all() and (support >= blocked).all()
         else:
             wanted = max(min(np.floor(patches * (1 - fraction)), patches - 1), 1)
-            assert touched(support, 8).sum() <= wanted
+            # Patches that share their most powerful pixel go together.
+            allowed = closed if moves == ("shrink",) else np.asarray(near(closed)) & ~blocked
+            rank = np.where(allowed, np.where(blocked, 1e30, blur(powers, 1.0)), -1.0)
+            largest = np.lib.stride_tricks.sliding_window_view(rank, (8, 8)).max((2, 3)).ravel()
+            level = np.sort(largest)[::-1][min(int(wanted), largest.size - 1)]
+            assert touched(support, 8).sum() == (largest > level).sum() <= wanted
             if moves == ("shrink",):
                 assert (support <= closed).all()
             else:
-                assert not (support & blocked & ~closed).any()
+                # What is blocked comes back only where it is free.
+                np.testing.assert_array_equal(touched(support & ~blocked, 8), touched(support, 8))
             np.testing.assert_array_equal(support, np.asarray(ops.close_patches(support, 8)))
+        allowed = {"thin": mask, "scale": mask, "shrink": closed}
+        given_up = support & ~closed if moves == ("relocate",) else allowed[moves[0]] & ~support
+        np.testing.assert_array_equal(proposal.given_up, given_up)
         removed += (closed & ~support).sum()
     assert removed > 0
 
@@ -114,6 +127,27 @@ def test_a_step_leaves_entries_on_their_bounds_alone_and_keeps_the_caps():
     np.testing.assert_allclose(moved[4:], -0.5 / 32)
     capped = np.asarray(clip_to_caps(10.0 * moved, lower, upper, 0.3))
     assert np.sqrt((capped**2).sum()) <= 0.3 * (1 + 1e-12) and (np.abs(capped) <= 0.1).all()
+
+
+def test_a_blur_loses_nothing_at_borders():
+    values = np.zeros((5, 7))
+    values[0, 1], values[4, 6] = 2.0, 1.0
+    blurred = np.asarray(_blurred(jnp.asarray(values), 1.0))
+    np.testing.assert_allclose(blurred.sum(), 3.0)
+    np.testing.assert_allclose(blurred[:3, :4].sum(), 2.0)  # it ends two pixels away
+    assert blurred.argmax() == 1 and (blurred[3:, :4] == 0.0).all()
+
+
+def test_caps_are_kept_to_the_digits_that_images_have():
+    caps = RefineHyperparams(max_l2=2.0, max_linf=0.5)
+    for beyond, excess in ((0.0, 0.0), (5e-6, 0.0), (2e-5, 2e-5), (0.01, 0.01)):
+        for count in (4, 16):  # of the largest change alone, and of both
+            image = np.zeros((8, 8, 1))
+            image.reshape(-1)[:count] = 0.25 * (1 + beyond)
+            np.testing.assert_allclose(excess_over_caps(image, 0 * image, caps, (0.0, 1.0)), excess, rtol=1e-9)
+        image = np.full((8, 8, 1), 0.125 * (1 + beyond))  # of the norm alone
+        np.testing.assert_allclose(excess_over_caps(image, 0 * image, caps, (0.0, 1.0)), excess, rtol=1e-9)
+    assert last_digit(np.float32(0), 0.0, 255.0) == 2 * np.finfo(np.float32).eps
 
 
 def test_power_is_the_largest_first_order_change_inside_the_bounds():

@@ -161,6 +161,7 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     class Shared:
         net = layer
 
+    class Calling:
         def __call__(self, _, x):
             return scope["layer"](x)
 
@@ -172,7 +173,7 @@ def test_an_nnx_module_that_the_function_names_may_have_changed():
     exec("def by_method(_, x): return named.layer.kernel.sum()", globals_of)
     exec("def inside(_, x): return map(lambda image: layer(image), x)", inner := {"layer": layer})
     bound = types.MethodType(lambda self, _, x: self.layer(x), types.SimpleNamespace(layer=layer))
-    for hidden in (globals_of["by_module"], globals_of["by_method"], inner["inside"], bound, Shared(),
+    for hidden in (globals_of["by_module"], globals_of["by_method"], inner["inside"], bound, Shared(), Calling(),
                    functools.partial(lambda _, x, net: net(x), net=layer), lambda _, x, net=layer: net(x),
                    lambda _, x, *, net=layer: net(x),
                    lambda _, x: slotted.layer(x), lambda _, x: (deep, holder)[1].trainer.layer(x)):

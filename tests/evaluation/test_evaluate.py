@@ -248,6 +248,14 @@ def test_a_mismatch_may_be_allowed_and_is_told_ever_after(whole, tmp_path):
     assert any(line.startswith("allowed mismatch: weights: ") for line in run.warnings)
 
 
+def test_a_mismatch_of_fewer_attacks_leaves_the_records_of_the_others(whole, tmp_path):
+    run_dir = part_of(whole, tmp_path / "run")
+    kept = len(open_run(run_dir).records)
+    evaluate_small(run_dir, dataclasses.replace(PLAN, attacks=PLAN.attacks[:1]), allow_mismatch=True)
+    cases = [record["case"] for record in open_run(run_dir).records]
+    assert cases.count("gse/untargeted") == 40 and len(cases) >= kept and len(set(cases)) == 3
+
+
 def test_what_an_allowed_mismatch_adds_counts(tmp_path):
     plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
     assert evaluate_small(tmp_path, plan, data=dataset(10)).total == 10

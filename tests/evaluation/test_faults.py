@@ -29,6 +29,7 @@ from gse_jax.evaluation import (
     forward,
     open_run,
 )
+from gse_jax.evaluation.durable import Journal, read_journal
 from gse_jax.evaluation.job import set_up
 from tests.evaluation.small_run import (
     PLAN,
@@ -85,10 +86,23 @@ def test_a_corrupt_image_is_set_aside_with_its_reason_and_the_run_goes_on(whole,
         if row["index"] in Faulty.FAULTS:
             assert row["status"] == "quarantined" and not row["success"]
             assert Faulty.FAULTS[row["index"]] in row["reason"]
-            assert row["prediction"] is row["array"] is None if "array" in row else True
             del expected[key]
+    set_aside = [record for record in run.records if record["status"] == "quarantined"]
+    assert len(set_aside) == 6 and all(r["prediction"] is r["array"] is None for r in set_aside)
     same_tables({k: v for k, v in table(run).items() if v["status"] != "quarantined"}, expected)
     assert "6 samples could not be used and are quarantined" in run.warnings
+
+
+def test_what_was_set_aside_in_one_case_is_set_aside_in_the_others(tmp_path):
+    """After a kill between the records of two cases."""
+    evaluate_small(tmp_path, PLAN, data=Faulty())
+    (path,) = (tmp_path / "records").iterdir()
+    records = list(read_journal(path))
+    path.unlink()
+    with Journal(path) as journal:
+        journal.append(r for r in records if r["status"] != "quarantined" or r["case"] == "gse/untargeted")
+    run = evaluate_small(tmp_path, PLAN, data=Faulty())
+    assert run.complete and len(run.records) == len(records) == 120
 
 
 def test_what_was_set_aside_is_tried_again(whole, tmp_path):
@@ -177,6 +191,7 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
 @pytest.mark.parametrize("lanes, devices, wish, expected", [
     (2, 4, 4, 2), (8, 4, 16, 8),  # as many devices as now
     (16, 8, 16, 8), (4, 1, 64, 16),  # two in each of eight; four in one
+    (2, 8, 16, 4),  # one is the least
     (4096, 8, None, None), (64, 1, None, None)])  # more than the default
 def test_remembered_lanes_are_those_of_a_device(tmp_path, monkeypatch, lanes, devices, wish, expected):
     event = {"event": "out_of_memory", "lanes": lanes, "devices": devices, "device_kind": "cpu"}
