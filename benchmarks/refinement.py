@@ -41,6 +41,7 @@ class Case:
         classes = np.asarray(self.apply_fn(self.params, self.x[:1])).shape[-1]
         self.targets = (np.asarray(self.y) + 1) % classes if targeted else None
         self.targeted, self.smoke, self.rows = targeted, args.smoke, []
+        self.patch_counts = []  # of each row's images, NaN where it did not succeed
 
     def attack(self, label, method="gse_refined", **changes):
         """Attack with changes to the preset, print and keep the row."""
@@ -71,6 +72,7 @@ class Case:
         fooled = predicted == self.targets if self.targeted else predicted != np.asarray(self.y)
         numbers = metrics.image_metrics(self.x, result.adversarials, bounds=self.bounds)
         of = lambda values: float(np.mean(values[fooled])) if fooled.any() else math.nan
+        self.patch_counts.append(np.where(fooled, numbers.patch_count, math.nan))
         self.rows.append({
             "model": self.name, "images": len(self.x), "targeted": self.targeted, "attack": label,
             "ASR": float(fooled.mean()), "ACP": of(numbers.changed_pixels),
@@ -129,6 +131,11 @@ def ablation(args):
     case = Case(args)
     for label, changes in list(ABLATION.items())[:2 if args.smoke else None]:
         case.attack(label, **changes)
+        difference = case.patch_counts[-1] - case.patch_counts[0]  # image by image: less noise than of two means
+        difference = difference[np.isfinite(difference)]
+        case.rows[-1] |= {"d20_more": float(difference.mean()), "d20_more_standard_error": float(
+            difference.std(ddof=1) / math.sqrt(len(difference)))}
+        results_file.show({k: v for k, v in case.rows[-1].items() if "d20_more" in k})
     return case.rows
 
 
