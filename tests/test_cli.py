@@ -67,6 +67,25 @@ def test_explain_writes_panels_curves_and_a_table(demo):
     assert "interpretability score, 90th percentile" in table and "top 20 % of CAM" in table
 
 
+def test_images_without_a_salient_region_are_left_out_and_counted():
+    from gse_jax import metrics
+    from gse_jax.cli.explain import _explanation_rows
+    from gse_jax.evaluation.explanation import Explanation
+
+    found = np.asarray([True, True, False])
+    maps = np.zeros((3, 10, 10), np.float32)
+    maps[0, :4, :5] = 1.0
+    images = np.zeros((3, 10, 10, 1), np.float32)
+    changed = images.copy()
+    changed[:, 0, 0] = 1.0
+    overlap = metrics.overlap_score(images, changed, maps)
+    explained = Explanation(maps, maps, "Grad-CAM", np.zeros((3, 5)), overlap, overlap, found)
+    told = dict(_explanation_rows(explained))["changed pixels in the top 20 % of Grad-CAM"]
+    assert told == "1.000 (same mask anywhere: 0.200; 100% of images above; 1 images without a map)"
+    none = explained._replace(found=np.asarray([False, True, True]))
+    assert dict(_explanation_rows(none))["changed pixels in the top 20 % of saliency"] == "-; 2 images without a map"
+
+
 def test_attack_on_the_users_files(demo, tmp_path):
     """npz images, a weights file, targets from a file: what the demo does, on own data."""
     from gse_jax import data, models

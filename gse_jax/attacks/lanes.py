@@ -222,7 +222,7 @@ def _in_step(algorithm: Algorithm, lanes, state, at_work):
 def _waiting(algorithm: Algorithm, lanes, taken, queue, parked, at_work):
     """How many images may be loaded now, [1] int32: from the queue, and parked ones."""
     def of(begin, end, state):
-        return jnp.where(_in_step(algorithm, lanes, state, at_work), jnp.maximum(end - begin, 0), 0)
+        return jnp.where(_in_step(algorithm, lanes, state, at_work), end - begin, 0)
 
     fresh = of(taken[0], queue.end, algorithm.init(_at(queue.samples, 0)))
     if parked is None:

@@ -167,8 +167,7 @@ class _Dealer:
         ends = np.asarray([len(dealt) for dealt in self._dealt], np.int32)
         # A thousand lanes have room for megabytes more than the images of most attacks: an accelerator
         # repeats the last row itself.
-        most = max(1, int(ends.max()))
-        sent = places if self._platform == "cpu" else min(places, 1 << (most - 1).bit_length())
+        sent = places if self._platform == "cpu" else min(places, 1 << int(ends.max() - 1).bit_length())
         rows = [s for dealt in self._dealt for s in dealt + [self._padding] * (sent - len(dealt))]
         samples = Sample(*(None if column[0] is None else np.stack(column)
                            for column in zip(*rows)))

@@ -39,7 +39,7 @@ def _explain(args):
     heat_maps = {"saliency": explanation.saliency}
     if explanation.activation is not None:
         # Evidence for the class only, as in the paper's figures.
-        heat_maps["CAM"] = explanation.activation.clip(min=0)
+        heat_maps[explanation.activation_kind] = explanation.activation.clip(min=0)
     written = [*output.draw_panel(run, folder / "panels", args.panels, heat_maps),
                *_draw_curves(run, explanation, folder)]
     rows = output.table(run) + _explanation_rows(explanation)
@@ -65,7 +65,7 @@ def _draw_curves(run, explanation, folder):
         rates = metrics.success_at_k(counts, found, budgets, attacked=run.attacked)
         written += report.save_figure(report.success_curves(budgets, {name: np.asarray(rates)},
                                                             xlabel=label), folder / stem)
-    samples = {"ACP": numbers.changed_pixels, "ANC": numbers.num_clusters,
+    samples = {"changed pixels": numbers.changed_pixels, "clusters": numbers.num_clusters,
                "d_{2,0}": numbers.patch_count}
     return written + [*report.save_figure(report.distribution_plots(
         {metric: {name: values[found]} for metric, values in samples.items()}),
@@ -73,6 +73,8 @@ def _draw_curves(run, explanation, folder):
 
 
 def _explanation_rows(explanation):
+    import numpy as np
+
     from gse_jax.evaluation import PERCENTILES
 
     found = explanation.found
@@ -80,10 +82,13 @@ def _explanation_rows(explanation):
              f"{explanation.interpretability[found, i].mean():.3f}" if found.any() else "-")
             for i, p in enumerate(PERCENTILES)]
     for name, overlap in (("saliency", explanation.saliency_overlap),
-                          ("CAM", explanation.activation_overlap)):
+                          (explanation.activation_kind, explanation.activation_overlap)):
         if overlap is not None and found.any():
-            score, control = overlap.score[found], overlap.control[found]
+            # A map that is the same everywhere, as Grad-CAM's may be, has no top 20 %.
+            usable = found & (overlap.control > 0)
+            score, control = overlap.score[usable], overlap.control[usable]
+            left = f"; {np.sum(found & ~usable)} images without a map" if (found & ~usable).any() else ""
             rows.append((f"changed pixels in the top 20 % of {name}",
                          f"{score.mean():.3f} (same mask anywhere: {control.mean():.3f}; "
-                         f"{(score > control).mean():.0%} of images above)"))
+                         f"{(score > control + 1e-5).mean():.0%} of images above{left})" if usable.any() else f"-{left}"))
     return rows

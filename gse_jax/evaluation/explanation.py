@@ -24,6 +24,7 @@ class Explanation(NamedTuple):
         saliency: [N, H, W] adversarial saliency, the largest of the channels.
         activation: [N, H, W] class activation map of the true class, or None for a model without
             a known feature map.
+        activation_kind: "CAM" or "Grad-CAM".
         interpretability: [N, 5] interpretability score at `PERCENTILES`.
         saliency_overlap: Overlap of perturbation and saliency with its control.
         activation_overlap: Overlap of perturbation and activation map, or None.
@@ -32,6 +33,7 @@ class Explanation(NamedTuple):
 
     saliency: np.ndarray
     activation: np.ndarray | None
+    activation_kind: str
     interpretability: np.ndarray
     saliency_overlap: metrics.Overlap
     activation_overlap: metrics.Overlap | None
@@ -68,14 +70,14 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
     # Aiming at the true class, or at none, would be a map of nothing; that happens for failures only.
     num_classes = jax.eval_shape(apply_fn, params, run.x[:1]).shape[-1]
     goals = np.where((goals == run.y) | (goals < 0), (run.y + 1) % num_classes, goals)
-    has_features = hasattr(apply_fn, "features")
+    has_features, has_head = hasattr(apply_fn, "features"), hasattr(apply_fn, "head")
 
     @jax.jit
     def maps(params, x, y, goals):
         full = metrics.adversarial_saliency(params, apply_fn, x, y, goals)
         if not has_features:
             return full, None
-        if hasattr(apply_fn, "head"):
+        if has_head:
             heat = metrics.cam(apply_fn.features(params, x)[1], apply_fn.head(params), y)
         else:
             heat = metrics.grad_cam(params, apply_fn.features, x, y)
@@ -95,5 +97,5 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
     def overlap(maps):
         return jax.tree.map(np.asarray, metrics.overlap_score(run.x, run.adversarials, maps))
 
-    return Explanation(saliency, activation, np.concatenate(scores), overlap(saliency),
+    return Explanation(saliency, activation, "CAM" if has_head else "Grad-CAM", np.concatenate(scores), overlap(saliency),
                        overlap(activation) if has_features else None, found)

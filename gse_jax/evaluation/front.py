@@ -56,11 +56,11 @@ class Front(NamedTuple):
     forward_evals: np.ndarray
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the points as table rows, plain dictionaries."""
+        """Return the points as table rows, plain dictionaries; None where there is nothing to average."""
+        known = lambda number: None if np.isnan(number) else float(number)
         return [{"attack": name if np.isinf(cap) else f"{name}, l2 <= {cap:g}",
-                 "attacked": int(self.attacked.sum()), "ASR": float(rate), "ASR within the cap": float(within),
-                 **{number: None if np.isnan(mean) else float(mean)
-                    for number, mean in zip(metrics.SPARSITY, means, strict=True)},
+                 "attacked": int(self.attacked.sum()), "ASR": known(rate), "ASR within the cap": known(within),
+                 **{number: known(mean) for number, mean in zip(metrics.SPARSITY, means, strict=True)},
                  "gradients": float(spent), "forwards": float(passes),
                  "on the front": "yes" if front else "no"}
                 for name, cap, rate, within, means, spent, passes, front in zip(

@@ -224,7 +224,7 @@ class Writer:
         place: dict[int, int] = {}
         for one in attacked:
             place.setdefault(one.record["index"], len(place))
-        first = {one.record["index"]: one.clean for one in reversed(attacked)}
+        first = {one.record["index"]: one.clean for one in attacked}
         arrays = {"adversarial": np.stack([one.adversarial for one in attacked]),
                   "clean": np.stack([first[index] for index in place]),
                   "clean_row": np.asarray([place[one.record["index"]] for one in attacked]),

@@ -34,15 +34,18 @@ def front_plot(means, complete, *, width=2 * COLUMN_WIDTH):
         for axes, (label, column) in zip(panels, _PANELS, strict=True):
             axes.set(xscale="log", yscale="log", xlabel=r"$\ell_2$ norm", ylabel=label)
             axes.grid(which="major", color="0.9", linewidth=0.5)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-                axis.set_minor_locator(matplotlib.ticker.NullLocator())
             for index, (name, rows) in enumerate(means.items()):
                 rows = np.asarray(rows, float)
                 if rows.ndim != 2 or rows.shape[1] != 4:
                     raise ValueError(f"{name}: expected [K, 4] numbers, got {list(rows.shape)}")
                 _draw(axes, rows, np.asarray(complete[name], bool), column, name, line_style(index))
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = axis.get_view_interval()
+                # On less than most of a decade 1, 2 and 5 could leave a single tick.
+                axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)) if high > 6 * low else
+                                       matplotlib.ticker.MaxNLocator(4, steps=(1, 2, 5, 10)))
+                axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+                axis.set_minor_locator(matplotlib.ticker.NullLocator())
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=7, handlelength=2.0,
                       columnspacing=1.0)

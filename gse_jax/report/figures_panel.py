@@ -84,7 +84,7 @@ def attack_panel(
     References:
         arXiv 2311.17434.
     """
-    x, adversarials = np.asarray(x, np.float64), np.asarray(adversarials, np.float64)
+    x, adversarials = _of_one_precision(np.asarray(x), np.asarray(adversarials))
     heat_maps = {name: np.asarray(maps, np.float64) for name, maps in (heat_maps or {}).items()}
     status = np.full(len(x), Status.FOUND) if status is None else np.asarray(status)
     _check(x, adversarials, before, after, heat_maps, status)
@@ -109,6 +109,14 @@ def attack_panel(
                 page.caption(row, 2, [f"\u00d7{factor:.3g}"])
             page.caption(row, 3, [f"{int(changed.sum())} px"])
         return page.figure
+
+
+def _of_one_precision(*pair):
+    """Images stored with fewer digits than the others were not changed by that; as in `metrics`."""
+    if not any(images.dtype.kind in "iu" for images in pair):
+        narrow = min((images.dtype for images in pair), key=lambda dtype: dtype.itemsize)
+        pair = [images.astype(narrow) for images in pair]
+    return [images.astype(np.float64) for images in pair]
 
 
 def _check(x, adversarials, before, after, heat_maps, status):
@@ -152,7 +160,7 @@ def _lines(prediction, row, class_names):
     # A model may have more classes than the data set has names.
     known = class_names is not None and 0 <= label < len(class_names)
     lines = [str(class_names[label]) if known else str(label) if label >= 0 else "no class"]
-    if prediction.confidences is not None:
+    if prediction.confidences is not None and not np.isnan(prediction.confidences[row]):
         lines.append(f"{float(prediction.confidences[row]):.0%}")
     return lines
 

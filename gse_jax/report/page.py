@@ -21,7 +21,7 @@ from gse_jax.report.summary import (
     summarise_cases,
     summarise_targeted,
 )
-from gse_jax.report.tables import require_runs, show_number, show_share
+from gse_jax.report.tables import require_runs, show_error, show_number, show_share
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SEVERITIES = ("error", "warning", "info")
@@ -66,7 +66,7 @@ def write_page(runs, path, *, num_images=None):
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": show_number, "share": show_share}
+    environment.filters |= {"number": show_number, "error": show_error, "share": show_share}
     text = environment.get_template("page.html").render(_context(runs, num_images))
     return write_whole(path, text.encode())
 

@@ -8,6 +8,7 @@ References:
 
 import csv
 import io
+import math
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ _FIELDS = ("sample_id", "index", "case", "method", "label", "target", "clean_pre
            "success", "prediction", "confidence_before", "confidence_after", "gradient_evals",
            "forward_evals", "tradeoff", "changed_pixels", "num_clusters", "l2", "linf",
            "patch_count", "reason")
+_SYMBOLS = {"l2": r"$\ell_2$", "d_{2,0}": r"$d_{2,0}$"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
           **{c: "\\" + c for c in "&%$#_{}"}, "<": r"\textless{}", ">": r"\textgreater{}"}
 
@@ -90,7 +92,7 @@ def write_table(rows, path_stem, *, left=1):
             for row in rows]
     cells = (list(rows[0]), body)
     texts = {".csv": _csv(rows), ".md": _markdown(cells),
-             ".tex": _latex(([_escape_latex(head) for head in cells[0]], body), left)}
+             ".tex": _latex(([_SYMBOLS.get(head) or _escape_latex(head) for head in cells[0]], body), left)}
     return [write_whole(f"{path_stem}{suffix}", text.encode()) for suffix, text in texts.items()]
 
 
@@ -125,9 +127,30 @@ def show_number(value):
         return "\u2013"
     if isinstance(value, int):  # a count
         return f"{value:,}"
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def show_error(error, mean):
+    """Write a standard error with the decimals of its mean, or as many as its first digit needs.
+
+    Args:
+        error: number, or None.
+        mean: number that it belongs to.
+
+    Returns:
+        str; an en dash for None.
+    """
+    if error is None:
+        return show_number(error)
+    decimals = _decimals(mean)
+    return f"{error:,.{decimals if error == 0 or round(error, decimals) else _decimals(error)}f}"
+
+
+def _decimals(value):
     size = abs(value)
-    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0 else 3
-    return f"{value:,.{digits}f}"
+    if size >= 0.0095 or not size > 0:
+        return 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0 else 3
+    return 1 - math.floor(math.log10(size))  # two digits of what is small
 
 
 def show_rate(rate):
@@ -204,7 +227,7 @@ def _targeted_cells(rows, latex=False):
 
 def _spread_cells(spreads, metrics):
     return [show_number(s.mean) if s.error is None
-            else f"{show_number(s.mean)} \u00b1 {show_number(s.error)}"
+            else f"{show_number(s.mean)} \u00b1 {show_error(s.error, s.mean)}"
             for s in (spreads[m.key] for m in metrics)]
 
 

@@ -25,7 +25,7 @@ def to_unit(image, bounds):
     low, high = bounds
     unit = (np.asarray(image, np.float64) - low) / (high - low)
     # A broken image is drawn grey where it is broken; its caption says what happened.
-    unit = np.clip(np.nan_to_num(unit, nan=0.5), 0, 1)
+    unit = np.clip(np.nan_to_num(unit, nan=0.5, posinf=0.5, neginf=0.5), 0, 1)
     return np.repeat(unit, 3, axis=-1) if unit.shape[-1] == 1 else unit
 
 

@@ -9,7 +9,7 @@ import pytest
 import gse_jax
 from gse_jax import evaluation, metrics, report
 from gse_jax.evaluation.cases import resolve
-from tests.toy_model import toy
+from tests.toy_model import linear_logits, toy
 
 BOUNDS = (-1.0, 1.0)
 
@@ -82,6 +82,26 @@ def test_rows_and_figure(front, tmp_path):
     curve = panel.lines[0].get_xdata()
     assert (np.diff(curve) >= 0).all()
     assert report.save_figure(figure, tmp_path / "front")[0].stat().st_size > 5000
+
+
+@pytest.mark.parametrize("far", [1.03, 1.2, 2.0, 5.0, 8.0, 50.0])
+def test_axes_have_several_labels_that_do_not_touch(far):
+    for near in (0.76, 1.7, 54.7):
+        points = np.asarray([[near] * 4, [near * far] * 4])
+        figure = report.front_plot({"gse": points}, {"gse": [True, True]})
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            places = [axes.transData.transform((tick, 1.0))[0] for tick in axes.get_xticks()
+                      if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+            assert 2 <= len(places) <= 7 and np.diff(places).min() > 0.04 * figure.bbox.width / 3
+
+
+def test_nothing_attacked_is_none():
+    x = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    points = gse_jax.pareto((np.zeros((192, 3), np.float32), np.zeros(3, np.float32)), linear_logits, x, [1, 1], methods=["pgd"])
+    assert points.rows()[0] == {"attack": "pgd", "attacked": 0, "ASR": None, "ASR within the cap": None, "ACP": None,
+                                "ANC": None, "l2": None, "d_{2,0}": None, "gradients": 0.0, "forwards": 0.0,
+                                "on the front": "no"}
 
 
 def test_an_attack_without_success_is_said_to_have_none():

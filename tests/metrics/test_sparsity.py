@@ -180,6 +180,10 @@ def test_unchanged_nan_and_no_images():
     assert metrics.changed_pixels(finite, np.zeros_like(x)).tolist() == [1, 1]
     infinite = np.full((1, 9, 9, 3), np.inf, np.float32)
     assert metrics.l2_norm(infinite, infinite).tolist() == [0]
+    broken = np.zeros((2, 32, 32, 3), np.float32)
+    broken[0, 3, 3, 0] = np.nan
+    for norm in (metrics.l2_norm, metrics.linf_norm):
+        np.testing.assert_array_equal(norm(np.zeros_like(broken), broken), [np.nan, 0.0])
     none = np.zeros((0, 9, 9, 3), np.float32)
     for metric in (
         metrics.changed_pixels, metrics.l2_norm, metrics.linf_norm, metrics.patch_count,

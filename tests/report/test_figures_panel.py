@@ -1,5 +1,6 @@
 """The panel: what the tiles show, and that every word is inside the figure and inside its tile."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -123,6 +124,17 @@ def test_amplification_is_per_image_and_printed():
     fixed = report.attack_panel(x, adversarials, label, label, amplification=4)
     assert words(fixed).count("\u00d74") == 2
     np.testing.assert_allclose(tiles(fixed)[2][0, 0], 255 * 0.9, atol=1)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, "bfloat16"])
+def test_rounding_of_one_side_is_no_change(kind):
+    x = (np.random.default_rng(0).integers(0, 256, (1, 9, 9, 3)) / 255.0).astype(np.float64)
+    adversarials = x.astype(jnp.dtype(kind))
+    adversarials[0, 4, 4] = 0.0
+    label = report.Prediction([0], [np.nan])
+    for pair in ((x, adversarials), (adversarials, x)):
+        said = words(report.attack_panel(*pair, label, label))
+        assert "1 px" in said and "nan%" not in said
 
 
 def test_constant_and_signed_maps():

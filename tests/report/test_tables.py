@@ -8,7 +8,7 @@ from tests.report.small_runs import SmallRun, record, run, targeted, untargeted
 
 from gse_jax import metrics, report
 from gse_jax.report import summary
-from gse_jax.report.tables import show_number, write_tables
+from gse_jax.report.tables import show_error, show_number, write_tables
 
 
 def test_case_numbers_by_hand():
@@ -116,9 +116,15 @@ def test_missing_numbers_are_dashes_not_zeros(tmp_path):
 
 @pytest.mark.parametrize(("value", "words"), [
     (None, "\u2013"), (0.0, "0.00"), (5, "5"), (12345, "12,345"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"),
-    (99.96, "100"), (1234.5, "1,234"), (-3.14159, "-3.14")])
+    (99.96, "100"), (0.00044, "0.00044"), (0.0096, "0.010"), (1234.5, "1,234"), (-3.14159, "-3.14")])
 def test_show_number(value, words):
     assert show_number(value) == words
+
+
+@pytest.mark.parametrize(("error", "mean", "words"), [
+    (43.9, 501.2, "44"), (0.095, 2.54, "0.10"), (0.2, 150.0, "0.20"), (0.0, 3.0, "0.00"), (None, 3.0, "\u2013")])
+def test_an_error_has_the_decimals_of_its_mean(error, mean, words):
+    assert show_error(error, mean) == words
 
 
 def test_wrong_runs_are_refused(tmp_path):

@@ -152,7 +152,7 @@ def _precedes(new, old, objective):
     if objective == "patches":
         # Else thinning out would trade one compact group for many fragments.
         saved, split = old[PATCHES] - new[PATCHES], new[CLUSTERS] - old[CLUSTERS]
-        better &= (split <= 0.0) | (saved >= _CLUSTER_COSTS * split) | (new[EXCESS] < old[EXCESS])
+        better &= (saved >= _CLUSTER_COSTS * split) | (new[EXCESS] < old[EXCESS])
     return better
 
 
@@ -184,18 +184,17 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     def judged(state: RefineState, here: Anchor, adversarial):
         """Enter the evaluation: (state with anchors and counters, whether to propose anew)."""
         walk, opening = state.walk, state.evals == 0
-        succeeded = adversarial & (opening | _precedes(
-            here.score, state.current.score, settings.objective))
+        # The image that is given precedes too: the first score is infinite.
+        succeeded = adversarial & _precedes(here.score, state.current.score, settings.objective)
         repairs = walk.repairs + 1
         hopeless = (repairs >= _PATIENT_STEPS) & (here.margin > hyperparams.patience * walk.first_margin)
         failed = ~succeeded & (adversarial | (repairs >= settings.max_repairs) | hopeless)
         # With the caps not yet kept there is nothing smaller to look for.
         failed &= (state.current.score[EXCESS] == 0.0) | adversarial
         current = select(succeeded, here, state.current)
-        leads = succeeded & (opening | _precedes(here.score, state.best_score, settings.objective))
+        leads = succeeded & _precedes(here.score, state.best_score, settings.objective)
         of_move = np.asarray([PIXELS if move == "thin" else PATCHES for move in moves])
         single = walk.fraction * state.current.score[of_move][walk.move] <= 1.0
-        single |= jnp.asarray([m == "scale" for m in moves])[walk.move]
         fraction = jnp.where(
             succeeded & ~opening, jnp.minimum(walk.fraction * _BOLDER, _LARGEST_FRACTION),
             jnp.where(failed, walk.fraction * _SHYER, walk.fraction))
@@ -257,8 +256,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         margin = base.margin + jnp.sum(base.gradient * off)
         beyond = hyperparams.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
         w = step_to_boundary(w, base.gradient, margin, support, lower, upper, radius, beyond, last_digit(x, low, high))
-        changed = jnp.any(w != 0.0, axis=-1, keepdims=True)
-        point = jnp.where(changed, jnp.clip(x + unit * w, low, high), x)
+        point = jnp.clip(x + unit * w, low, high)
         return state._replace(walk=walk._replace(point=point, support=support, given_up=given_up))
 
     def step(state: RefineState, evaluation: Evaluation) -> RefineState:
@@ -279,7 +277,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         if settings.objective != "l2":
             over |= kept & (state.best_score[PATCHES] <= 1.0) & (state.best_score[PIXELS] <= 1.0)
         unchanged = opening & jnp.all(here.image == x)
-        verdict = jnp.where(over | unchanged, jnp.where(kept, Status.FOUND, Status.NOT_FOUND),
+        verdict = jnp.where(over, jnp.where(kept, Status.FOUND, Status.NOT_FOUND),
                             RUNNING)
         verdict = jnp.where(unchanged & adversarial, Status.ALREADY_MISCLASSIFIED, verdict)
         verdict = jnp.where(opening & ~adversarial, Status.NOT_FOUND, verdict)
