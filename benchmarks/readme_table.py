@@ -1,4 +1,4 @@
-"""Write the tables of README, `docs/refinement.md` and `docs/speed.md` from benchmarks/results/*.json.
+"""Write the tables of README, and of pages in `gse_jax/docs` from benchmarks/results/*.json.
 
     python benchmarks/readme_table.py [--check]     # --check only tells which tables are not those of the results
 """
@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
 REFINEMENT = README.parent / "gse_jax" / "docs" / "refinement.md"
 SPEED = REFINEMENT.parent / "speed.md"
+TRAINING = REFINEMENT.parent / "training_and_tuning.md"
 
 
 def parity():
@@ -173,6 +174,32 @@ def refinement():
             lines += [*_attacks(record, head), "",
                       source(record, f"`{record.get('command', f'benchmarks/refinement.py --parts {part}')}`"), ""]
     return [*lines, *_imagenet_refined()]
+
+
+def training():
+    """Networks trained on attacks, before two attacks."""
+    record = json.loads((RESULTS / "adversarial_training.json").read_text())
+    names = {"before": "before", "clean": "200 more steps, clean images", "as data": "200 more steps, adversarials taken as data",
+             "through the attack": "200 more steps, gradient through the attack"}
+    numbers = {"accuracy": "{accuracy:.2f}", "ASR": "{asr:.2f}", "ACP": "{acp:.1f}", "ANC": "{anc:.2f}", "l2": "{l2:.2f}",
+               "d_{2,0} (standard error)": "{d20:.1f} ({d20_error:.1f})"}
+    return [*_lines({"digits at 16 x 16 pixels, small network": lambda r: names[r["model"]], "attack": "`{attack}`", **numbers},
+                    record["rows"]["table"]), "", source(record, "`benchmarks/adversarial_training.py`, 100 test images")]
+
+
+def tuning():
+    """Hyperparameters that hypergradients found."""
+    return _table("hypergradient_tuning", {
+        "network": "{model}", "hyperparameters": "{hyperparams}", "mu": "{mu:.3g}", "step size": "{step_size:.3g}",
+        "ASR": "{asr:.2f}", "d_{2,0}, images found by all": "{d20_of_images_found_by_both:.1f}",
+        "gradients per image": "{gradients_per_image:.0f}"}, "`benchmarks/hypergradient_tuning.py`")
+
+
+def reverse_memory():
+    """What reverse mode through the attack reserves."""
+    return _table("reverse_memory", {
+        "network": "{model}", "images": "{batch}", "steps": "{steps}", "memory reserved, MiB": "{temporary_mib:.0f}",
+        "ratio": "{ratio:.2f}"}, "`benchmarks/reverse_memory.py`")
 
 
 def _imagenet_refined():
@@ -341,7 +368,7 @@ def main(check=False):
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
               (SPEED, memory), (SPEED, lanes), (SPEED, many_lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
-              (SPEED, compile_time), (SPEED, start_gpu))
+              (SPEED, compile_time), (SPEED, start_gpu), (TRAINING, training), (TRAINING, tuning), (TRAINING, reverse_memory))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
     stale = []
     for page, name, block in blocks:

@@ -179,7 +179,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     Yields:
         Stretch: `sample_ids` [M] and `outcome` (the fields of AttackResult, NumPy) of the images
         that were finished, in the order of finishing; M may be 0. Every image comes exactly once,
-        with the same outcome as from `attack`.
+        with the same outcome as from `attack` with the same lanes; with others up to the model's own rounding.
 
     Raises:
         TypeError: as `attack`; for a bad batch when it is pulled.

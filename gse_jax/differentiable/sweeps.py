@@ -57,8 +57,12 @@ def hyperparam_grid(hyperparams: GSEHyperparams, **axes) -> GSEHyperparams:
         named varies fastest.
 
     Raises:
+        TypeError: for `hyperparams` of another type.
         ValueError: for an unknown field, or an axis without values.
     """
+    if not isinstance(hyperparams, GSEHyperparams):
+        raise TypeError(f"hyperparams must be a GSEHyperparams, got {type(hyperparams).__name__}; start from "
+                        "gse_jax.GSEHyperparams()")
     for name, values in axes.items():
         if name not in hyperparams._fields:
             raise ValueError(f"{name!r} is no hyperparameter of GSE; use one of "

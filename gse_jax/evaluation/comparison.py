@@ -41,7 +41,7 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
     Args:
         params, apply_fn, y, bounds, key, lanes: as in `gse_jax.attack`.
         x: as in `gse_jax.attack`; misclassified images are not attacked.
-        methods: names of attacks.
+        methods: names of attacks, or one.
         offsets: targeted at label + k modulo the classes for each k; empty for untargeted.
         domain: preset of all attacks that know it, e.g. "original"; None or "gse_paper", and for
             the others, the settings of the paper's comparison at the image size.
@@ -58,6 +58,7 @@ def compare(params, apply_fn, x, y, *, methods: Sequence[str], offsets: Sequence
             same class; before anything runs.
         ImportError: if scikit-image is missing for a method with superpixels, likewise.
     """
+    methods = (methods,) if isinstance(methods, str) else methods
     configurations = configurations_of(methods, domain, np.shape(x)[1:], bool(offsets))
     if offsets:
         if num_classes is None:

@@ -77,7 +77,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
     Args:
         params, apply_fn, y, targets, bounds, key, lanes: as in `gse_jax.attack`.
         x: as in `gse_jax.attack`; misclassified images are not attacked.
-        methods: names of attacks; None for all. "gse_refined" brings one point for each cap.
+        methods: names of attacks, or one; None for all. "gse_refined" brings one point for each cap.
         max_l2: caps on the l2 norm in units of images of range width 2. The curve is complete: an
             image that a cap leaves without success keeps its image of the next larger cap, so
             means may exceed a cap that is too small for some images.
@@ -93,12 +93,13 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
             runs.
         ImportError: if scikit-image is missing for a method with superpixels, likewise.
     """
-    methods = tuple(METHODS) if methods is None else tuple(methods)
-    caps = sorted(map(float, max_l2), reverse=True)
+    methods = tuple(METHODS) if methods is None else (methods,) if isinstance(methods, str) else tuple(methods)
     if not methods:
         raise ValueError("methods must name at least one attack")
-    if "gse_refined" in methods and not (caps and caps[-1] > 0.0):
-        raise ValueError(f"max_l2={tuple(max_l2)} must hold positive numbers")
+    wanted = np.ravel(max_l2)
+    if "gse_refined" in methods and not (wanted.size and wanted.dtype.kind in "iuf" and (wanted > 0).all()):
+        raise ValueError(f"max_l2={max_l2!r} must hold positive numbers")
+    caps = sorted(wanted.tolist(), reverse=True)
     configurations = configurations_of(methods, domain, np.shape(x)[1:], targets is not None)
     points = []
     for name in methods:

@@ -17,8 +17,13 @@ def pareto_set(numbers, eligible=None) -> np.ndarray:
     Returns:
         [G] bool. A row is dominated if another one is nowhere larger and somewhere smaller; equal
         rows do not dominate each other.
+
+    Raises:
+        ValueError: if `numbers` is no table.
     """
     numbers = np.asarray(numbers, float)
+    if numbers.ndim != 2:
+        raise ValueError(f"numbers must be [G, M], one row for each point, got shape {list(numbers.shape)}")
     eligible = np.ones(len(numbers), bool) if eligible is None else np.asarray(eligible, bool)
     eligible = eligible & ~np.isnan(numbers).any(1)
     nowhere_larger = (numbers[:, None] <= numbers[None]).all(-1)

@@ -93,8 +93,8 @@ def load(
       arrays, to be cast with `jax.tree.map` where another precision is wanted.
 
     Raises:
-      ValueError: If the name is unknown, or the file is damaged or of another architecture.
-      TypeError: If `normalize` is no pair of numbers.
+      ValueError: If the name, or that of `normalize`, is unknown, or the file is damaged or of another architecture.
+      TypeError: If `normalize` is no pair of numbers, or `weights` no name.
       FileNotFoundError: If there is no such weight file, or it cannot be fetched.
     """
     if name not in _MODELS:

@@ -72,6 +72,7 @@ def test_bad_arguments_are_named_in_one_line():
     x, y = np.zeros((1, 8, 8, 3)), np.zeros(1, int)
     good = differentiable.hyperparam_grid(gse_jax.GSEHyperparams(), mu=[0.1, 1.0])
     calls = [
+        (TypeError, "must be a GSEHyperparams, got int", lambda: differentiable.hyperparam_grid(3, mu=[1.0])),
         (ValueError, "'nonsense' is no hyperparameter", lambda: differentiable.hyperparam_grid(
             gse_jax.GSEHyperparams(), nonsense=[1.0])),
         (ValueError, "mu must be a list", lambda: differentiable.hyperparam_grid(

@@ -98,7 +98,8 @@ def test_axes_have_several_labels_that_do_not_touch(far):
 
 def test_nothing_attacked_is_none():
     x = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
-    points = gse_jax.pareto((np.zeros((192, 3), np.float32), np.zeros(3, np.float32)), linear_logits, x, [1, 1], methods=["pgd"])
+    params = np.zeros((192, 3), np.float32), np.zeros(3, np.float32)
+    points = gse_jax.pareto(params, linear_logits, x, [1, 1], methods="pgd")
     assert points.rows()[0] == {"attack": "pgd", "attacked": 0, "ASR": None, "ASR within the cap": None, "ACP": None,
                                 "ANC": None, "l2": None, "d_{2,0}": None, "gradients": 0.0, "forwards": 0.0,
                                 "on the front": "no"}
@@ -120,6 +121,11 @@ def test_wrong_arguments_are_refused_before_anything_runs():
         gse_jax.pareto((), broken, x, y, methods=("gse", "nonsense"))
     with pytest.raises(ValueError, match="max_l2=.*positive"):
         gse_jax.pareto((), broken, x, y, methods=("gse_refined",), max_l2=(1.0, 0.0))
+    for caps in ("a", (1.0, math.nan), ()):
+        with pytest.raises(ValueError, match="max_l2=.*positive"):
+            gse_jax.pareto((), broken, x, y, methods="gse_refined", max_l2=caps)
+    with pytest.raises(ValueError, match="method='nonsense' is unknown"):
+        gse_jax.pareto((), broken, x, y, methods="nonsense", max_l2=1.0)
     with pytest.raises(ValueError, match="at least one"):
         gse_jax.pareto((), broken, x, y, methods=())
     with pytest.raises(ValueError, match="nothing to draw"):

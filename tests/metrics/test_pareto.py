@@ -1,6 +1,7 @@
 """The rows that no other row beats."""
 
 import numpy as np
+import pytest
 
 from gse_jax import metrics
 
@@ -10,3 +11,8 @@ def test_pareto_set_keeps_what_nothing_dominates():
     np.testing.assert_array_equal(
         metrics.pareto_set(numbers, [True] * 5 + [False]),
         [True, True, False, True, False, False])
+
+
+def test_no_table_is_refused():
+    with pytest.raises(ValueError, match=r"numbers must be \[G, M\].*got shape \[3\]"):
+        metrics.pareto_set(np.ones(3))
