@@ -18,7 +18,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import patch_network
 import results_file
@@ -99,7 +98,7 @@ def main():
         seconds = time.perf_counter() - start
         after = measure(mode, trained, test_x, test_y, args.smoke)
         rows += [row | {"train_seconds": seconds} for row in after]
-    results_file.write("adversarial_training", args, {"optax": optax.__version__, "table": rows})
+    results_file.write("adversarial_training", args, rows)
 
 
 if __name__ == "__main__":

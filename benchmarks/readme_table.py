@@ -131,8 +131,10 @@ def imagenet():
 
 
 def _attacks(record, first, rows=None):
-    return _lines({first: lambda r: f"{r['attack']}{', label + 1' if r['targeted'] else ''}", **_SMALL_IMAGES},
-                  rows or record["rows"])
+    rows = rows or record["rows"]
+    paired = {"d_{2,0} above the first row (standard error)": "{d20_more:+.1f} ({d20_more_standard_error:.1f})"}
+    return _lines({first: lambda r: f"{r['attack']}{', label + 1' if r['targeted'] else ''}", **_SMALL_IMAGES,
+                   **(paired if "d20_more" in rows[0] else {})}, rows)
 
 
 def refined():
@@ -184,7 +186,7 @@ def training():
     numbers = {"accuracy": "{accuracy:.2f}", "ASR": "{asr:.2f}", "ACP": "{acp:.1f}", "ANC": "{anc:.2f}", "l2": "{l2:.2f}",
                "d_{2,0} (standard error)": "{d20:.1f} ({d20_error:.1f})"}
     return [*_lines({"digits at 16 x 16 pixels, small network": lambda r: names[r["model"]], "attack": "`{attack}`", **numbers},
-                    record["rows"]["table"]), "", source(record, "`benchmarks/adversarial_training.py`, 100 test images")]
+                    record["rows"]), "", source(record, "`benchmarks/adversarial_training.py`, 100 test images")]
 
 
 def tuning():

@@ -36,14 +36,11 @@ def write(name, args, rows):
 
     Results of an accelerator go to files of their own: `<name>_gpu.json`.
     """
-    if args.smoke:
-        return
     folder = Path(args.out)
     digits = _instead or any(str(row.get("network", "")).startswith("digits") for row in rows)  # of a child process
-    if digits and folder.resolve() == _RESULTS.resolve():
+    if digits and not args.smoke and folder.resolve() == _RESULTS.resolve():
         print("not written: these are the digits; --out FOLDER keeps them", file=sys.stderr)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "platform": jax.default_backend(), "devices": jax.local_device_count(),
                "device_kind": jax.devices()[0].device_kind}
@@ -53,8 +50,12 @@ def write(name, args, rows):
     command = command.replace(f" --out {args.out}", "")
     record = {"command": command, "commit": _commit(), "date": datetime.date.today().isoformat(),
               "machine": machine, "versions": versions, "load_average": os.getloadavg()[0], "rows": rows}
+    content = json.dumps(record, indent=1) + "\n"
+    if args.smoke:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
-    (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}{suffix}.json").write_text(content, encoding="utf-8")
 
 
 def _commit():

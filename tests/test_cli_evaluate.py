@@ -1,11 +1,16 @@
 """`gse-jax evaluate`, `check`, `verify` and `report` as a user types them."""
 
+import io
 import json
 import shutil
+import signal
+import sys
 
+import numpy as np
 import pytest
 
 from gse_jax import cli
+from gse_jax.evaluation import evaluator
 
 PLAN = """
 data = "digits"
@@ -49,6 +54,82 @@ def test_another_plan_in_the_same_directory_is_refused(run, capsys, tmp_path):
     other.write_text(PLAN.replace("max_steps = 6", "max_steps = 7", 1))
     assert cli.main(["evaluate", "--plan", str(other), "--out", str(folder)]) == 2
     assert "belongs to another run" in capsys.readouterr().err
+
+
+def test_an_order_of_attacks_is_no_other_run(run, tmp_path):
+    folder, _ = run
+    first, *attacks = PLAN.split("[[attacks]]")
+    other = tmp_path / "other.toml"
+    other.write_text("[[attacks]]".join([first, *reversed(attacks)]))
+    assert cli.main(["evaluate", "--plan", str(other), "--out", str(folder)]) == 0
+
+
+def test_records_without_a_manifest_are_taken_by_order_only(run, tmp_path, capsys):
+    folder, plan = run
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    command = ["evaluate", "--plan", str(plan), "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    assert "holds records but no manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert cli.main([*command, "--allow-mismatch"]) == 0
+    assert "allowed mismatch: manifest: lost" in capsys.readouterr().out
+
+
+def test_images_of_another_record_are_refused(run, tmp_path, capsys):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    array = next((tmp_path / "run" / "arrays").iterdir())
+    with np.load(array) as stored:
+        arrays = dict(stored)
+    np.savez(array, **arrays | {"index": arrays["index"] + 1})
+    assert cli.main(["verify", str(tmp_path / "run")]) == 2
+    assert "another file was put in its place" in capsys.readouterr().out
+
+
+def test_weights_that_moved(run, tmp_path, capsys):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["plan"]["weights"] = "gone.safetensors"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(tmp_path / "run")]) == 2
+    assert "gone.safetensors" in capsys.readouterr().err
+    assert cli.main(["verify", str(tmp_path / "run"), "--weights", "digits"]) == 0
+
+
+def test_an_incomplete_run_says_so(run, tmp_path, capsys):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    journal = next((tmp_path / "run" / "records").iterdir())
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "run: incomplete: 11 of 12 records" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "run")]) == 0
+    assert "not complete" in capsys.readouterr().out
+
+
+def test_where_nobody_reads_the_files_are_written_all_the_same(run, tmp_path, monkeypatch):
+    folder, plan = run
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "report")
+
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(tmp_path / "run")]) == 141
+    sys.stdout.close()  # what took its place
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+
+
+def test_sigterm_while_loading_ends_with_the_resumable_code(run, tmp_path, monkeypatch, capsys):
+    _, plan = run
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(evaluator, "set_up", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(["evaluate", "--plan", str(plan), "--out", str(tmp_path / "run")]) == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_verify_confirms_and_the_page_says_so(run, capsys):

@@ -279,7 +279,7 @@ class _Call:
             _check_shard_map(arguments)
             params, _, _, samples = arguments = validation.unsplit(arguments)
             width = self.lanes or default_lanes_per_device(platform(), *x.shape[1:3])
-            outcome = in_graph(setup.program, min(width, count))(*arguments)
+            outcome = validation.without_explicit_axes(in_graph(setup.program, min(width, count)))(*arguments)
         else:
             outcome = run(setup.program, *arguments, self.lanes, progress)
         if self.precision != "highest" and count:

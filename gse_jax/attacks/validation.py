@@ -87,8 +87,9 @@ def check_images(x, bounds) -> None:
         raise ValueError(f"x must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, "
                          f"got shape {list(x.shape)}; resize the images")
     if x.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}; for 8-bit images use "
-                        "x.astype('float32') / 255 with bounds=(0., 1.)")
+        fix = ("use x.astype('float32')" if jnp.issubdtype(x.dtype, jnp.floating) else
+               "for 8-bit images use x.astype('float32') / 255 with bounds=(0., 1.)")
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}; {fix}")
     if is_traced(x) or x.shape[0] == 0:
         return
     low, high = rounded(bounds, x.dtype)
@@ -101,7 +102,9 @@ def check_images(x, bounds) -> None:
                          "remove or repair it")
     if lowest < low or highest > high:
         rounding = max(low - lowest, highest - high) < 1e-5 * (high - low)
+        bytes_ = (low, high) == (0.0, 1.0) and lowest >= 0.0 and 50.0 < highest <= 255.0
         fix = (f"that is rounding: use x.clip({low!r}, {high!r})" if rounding else
+               "divide by 255, or pass bounds=(0, 255)" if bytes_ else
                "pass the bounds of your images, and keep mean/std normalisation inside apply_fn")
         raise ValueError(f"x must lie inside bounds=({low:g}, {high:g}), got values from "
                          f"{lowest:.9g} to {highest:.9g}; {fix}")
@@ -217,6 +220,22 @@ def unsplit(tree):
         return jax.sharding.reshard(leaf, whole_on_each)
 
     return jax.tree.map(whole, tree)
+
+
+def without_explicit_axes(fn):
+    """Let the compiler place what the caller's Explicit axes split, also along an axis of a `vmap`.
+
+    Args:
+        fn: function of arrays.
+
+    Returns:
+        A function of the same signature.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = () if mesh.empty else mesh.explicit_axes
+    if not explicit:
+        return fn
+    return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=jax.sharding.PartitionSpec())
 
 
 def check_caps(caps) -> None:

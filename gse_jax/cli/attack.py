@@ -42,6 +42,7 @@ def _demo(args):
 def _attack(args):
     from gse_jax.attacks.registry import find_method
     from gse_jax.evaluation import display, run_attack, save_run
+    from gse_jax.evaluation.progress import say
 
     find_method(args.method)  # or say so before anything is loaded
     images, apply_fn, params, about = options.load_job(args)
@@ -49,8 +50,8 @@ def _attack(args):
     hyperparams = options.hyperparams(args.hyperparams, args.method, images.images.shape[1:],
                                       targets is not None)
     folder = output.folder(args.out)
-    print(f"{len(images.labels)} images of {args.data}, {args.model}, {args.method}"
-          f"{' targeted' if targets is not None else ''}; compiling ...", flush=True)
+    say(f"{len(images.labels)} images of {args.data}, {args.model}, {args.method}"
+        f"{' targeted' if targets is not None else ''}; compiling ...")
     with display(interval=2.0) as show:
         run = run_attack(params, apply_fn, images.images, images.labels, targets=targets,
                          ids=images.ids, method=args.method, hyperparams=hyperparams, key=args.seed,

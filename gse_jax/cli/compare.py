@@ -39,11 +39,12 @@ def _add_common(parser, *, out):
 def _displays():
     """Yield a function from the name of the attack that begins to its `progress`."""
     from gse_jax.evaluation import display
+    from gse_jax.evaluation.progress import say
 
     with contextlib.ExitStack() as stack:
         def progress(method):
             stack.close()  # the display of the attack before
-            print(f"{method} ...", flush=True)
+            say(f"{method} ...")
             return stack.enter_context(display(interval=10.0))
 
         yield progress
@@ -57,7 +58,7 @@ def _compare(args):
 
     methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
     images, apply_fn, params, about = options.load_job(args)
-    offsets = options.integers("--offsets", args.offsets) if args.offsets else ()
+    offsets = options.integers("--offsets", args.offsets) if args.offsets is not None else ()
     configurations_of(methods, args.preset, images.images.shape[1:], bool(offsets))  # or say what is wrong
     folder, rows = output.folder(args.out), []
     with _displays() as progress:

@@ -1,5 +1,6 @@
 """`gse-jax evaluate`, `check`, `verify` and `report`: large evaluations that go on after a kill."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def add_commands(commands) -> None:
 
     verify = commands.add_parser("verify", help="classify and measure the stored images afresh")
     verify.add_argument("path", metavar="RUN", help="run directory of evaluate")
+    verify.add_argument("--weights", help="where the run's weights are now (default: where the run says)")
     verify.add_argument("--quantize", action="store_true", help="after rounding to 8 bits, as in a PNG file")
     verify.set_defaults(run=_verify)
 
@@ -81,10 +83,10 @@ def _plan(args):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; pass --data, --model and --weights, or --plan")
     options.require_positive("--limit", args.limit)
-    attack = {"method": args.method or "gse"}
-    if args.offsets:
+    attack = {"method": "gse" if args.method is None else args.method}
+    if args.offsets is not None:
         attack["offsets"] = options.integers("--offsets", args.offsets)
-    if args.target_file:
+    if args.target_file is not None:
         attack["target_file"] = args.target_file
     return Plan.from_dict({
         "data": args.data, "model": args.model, "weights": args.weights, "limit": args.limit,
@@ -94,20 +96,23 @@ def _plan(args):
 
 def _evaluate(args):
     from gse_jax.evaluation import display, evaluate, parse_shard
+    from gse_jax.evaluation.interruption import resumable
 
+    if args.stall_minutes < 0:
+        raise ValueError(f"--stall-minutes must be positive, or 0 for never, got {args.stall_minutes:g}")
     plan = _plan(args)
-    shard = parse_shard(args.shard) if args.shard else None
-    with display() as show:
-        run = evaluate(plan, args.out, shard=shard, engine=args.engine, on_progress=show,
-                       allow_mismatch=args.allow_mismatch, force=args.force,
-                       stall_seconds=60 * args.stall_minutes or None)
-    for finding in run.manifest.get("findings", ()):
-        if finding["severity"] != "info":
-            print(f"{finding['severity']}: {finding['message']} {finding['fix']}")
-    done = len(run.records)
-    print(f"{done} of {run.total} results in {args.out}")
-    if done == run.total:
-        _write_report([_with_verification(run)], Path(args.out) / "report")
+    shard = parse_shard(args.shard) if args.shard is not None else None
+    with resumable():
+        with display() as show:
+            run = evaluate(plan, args.out, shard=shard, engine=args.engine, on_progress=show,
+                           allow_mismatch=args.allow_mismatch, force=args.force,
+                           stall_seconds=60 * args.stall_minutes or None)
+        lines = [f"{finding['severity']}: {finding['message']} {finding['fix']}"
+                 for finding in run.manifest.get("findings", ()) if finding["severity"] != "info"]
+        lines.append(f"{len(run.records)} of {run.total} results in {args.out}")
+        if run.complete:
+            lines += _write_report([_with_verification(run)], Path(args.out) / "report")
+    print(*lines, sep="\n")  # when all is written: nobody may read it any more
 
 
 def _check(args):
@@ -122,9 +127,16 @@ def _check(args):
 
 
 def _verify(args):
-    from gse_jax.evaluation import verify
+    from gse_jax.evaluation import Plan, open_run, verify
+    from gse_jax.evaluation.job import load_model
 
-    result = verify(args.path, quantize=args.quantize)
+    model = None
+    if args.weights is not None:
+        plan = Plan.from_dict(open_run(args.path).manifest["plan"])
+        model = load_model(dataclasses.replace(plan, weights=args.weights))
+    result = verify(args.path, model=model, quantize=args.quantize)
+    if not open_run(args.path).complete:
+        print("the run is not complete: what is not there yet was not looked at")
     for name, case in result.cases.items():
         print(f"{name}: {json.dumps(case._asdict())}")
     for problem in result.problems[:20]:
@@ -143,12 +155,12 @@ def _report(args):
     from gse_jax.evaluation import open_run
 
     runs = [_with_verification(open_run(path)) for path in args.paths]
-    _write_report(runs, Path(args.out) if args.out else Path(args.paths[0]) / "report")
+    print(*_write_report(runs, Path(args.out) if args.out else Path(args.paths[0]) / "report"), sep="\n")
 
 
 def _with_verification(run):
     """Give the run what the page shows beside its records: a name, and what verify found."""
-    from gse_jax.evaluation.store import count_entries, lost_records
+    from gse_jax.evaluation.store import digest_of_records, lost_records
 
     run.name = run.path.resolve().name
     path = run.path / "verification.json"
@@ -158,19 +170,20 @@ def _with_verification(run):
         except ValueError:  # damaged: as if it were not there
             verification = None
         # What was verified before the run went on, or lost some, says nothing of what is there now.
-        if (isinstance(verification, dict) and verification.get("entries") == count_entries(run.path)
+        if (isinstance(verification, dict) and verification.get("entries") == digest_of_records(run.path)
                 and not lost_records(run.path)):
             run.manifest["verification"] = verification
     return run
 
 
 def _write_report(runs, folder):
+    """Write page and tables; return what to say."""
     from gse_jax import report
     from gse_jax.report.summary import misses_of_gse
 
     tables = report.write_tables(runs, folder)
     page = report.write_page(runs, folder / "index.html")
-    print("written: " + ", ".join(str(p) for p in (page, *tables)))
-    print(next(p for p in tables if p.name == "summary.md").read_text(encoding="utf-8"))
-    for line in (line for run in runs for line in misses_of_gse(run)):
-        print(line)
+    return ["written: " + ", ".join(str(p) for p in (page, *tables)),
+            next(p for p in tables if p.name == "summary.md").read_text(encoding="utf-8"),
+            *(f"{run.name}: {line}" for run in runs for line in run.warnings),
+            *(line for run in runs for line in misses_of_gse(run))]

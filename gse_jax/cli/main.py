@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 
 from gse_jax.cli import attack, compare, evaluate, explain, prepare
@@ -16,12 +17,13 @@ def main(argv=None) -> int:
 
     Returns:
         Exit code: 0 done, 2 wrong input (one line on stderr) or a success that `verify` does not confirm, 75
-        stopped by a signal with everything finished stored, 130 interrupted.
+        stopped by a signal with everything finished stored, 130 interrupted, 141 nobody reads the output.
     """
     args = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that cannot write every sign
         sys.stdout.reconfigure(errors="replace")
     from gse_jax.devices import is_out_of_memory, use_all_cpu_cores, use_compilation_cache
+    from gse_jax.evaluation.durable import reason
     from gse_jax.evaluation.progress import say
     from gse_jax.types import StoreError
 
@@ -32,8 +34,12 @@ def main(argv=None) -> int:
         use_compilation_cache(args.compilation_cache)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`: all files are written
+        sys.stdout = open(os.devnull, "w")  # what is still in the buffer would fail at the end
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, ImportError, StoreError) as error:
-        say(f"gse-jax: {error}")
+        say(f"gse-jax: {reason(error) if isinstance(error, OSError) else error}")
         return 2
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -50,6 +56,8 @@ def main(argv=None) -> int:
         return stop.code
     except KeyboardInterrupt:
         say("gse-jax: interrupted")
+        if argv is None:
+            os._exit(130)  # the end of Python in the middle of a compilation may crash
         return 130
     return 0
 

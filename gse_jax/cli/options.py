@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts become values."""
 
+from pathlib import Path
 
 DATA = ("digits, npz:FILE (x uint8 or in [0, 1], y), cifar10:ARCHIVE, cifar100:ARCHIVE, "
         "folder:PATH, nips2017:FOLDER or tfds:NAME:SPLIT; the last three with ,size=224 and ,resize=crop")
@@ -64,6 +65,8 @@ def targets(text, y, num_classes):
         return None if text is None else next_class(y, num_classes)
     import numpy as np
 
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"--targets {text!r} is no file; pass next, or a text file with one class a line")
     try:
         targets = np.loadtxt(text, dtype=np.int32, ndmin=1)
     except ValueError as error:
@@ -76,7 +79,7 @@ def targets(text, y, num_classes):
 
 def hyperparams(text, method, image_shape, targeted):
     """Turn NAME=VALUE,... into the preset with these changes; None without changes."""
-    if not text:
+    if text is None:
         return None
     from gse_jax.attacks import default_domain, preset
 

@@ -39,7 +39,7 @@ def open_files(rest: str, *, limit: int | None, data_dir: str | None) -> ArrayIm
     arrays = _arrays(path)
     for key, what in (("x", "images"), ("y", "labels")):
         if key not in arrays:
-            found = ", ".join(arrays) or "nothing"
+            found = ", ".join(np.load(path, allow_pickle=False).files) or "nothing"
             raise ValueError(f"source: {path} holds {found}, expected an array {key} ({what})")
     source, images, labels = f"npz {path}", arrays["x"], arrays["y"]
     # All arrays are compared before any is cut: a limit must not hide that they do not match.

@@ -18,6 +18,8 @@ _MEANINGS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EFBIG: "the file-size limit is reached; raise it (ulimit -f)",
+    errno.ENOTDIR: "a file is where a folder is wanted; choose another directory",
+    errno.EEXIST: "a file is where a folder is wanted; choose another directory",
     errno.EROFS: "the file system is read-only; choose another directory",
     errno.EACCES: "permission denied; choose another directory or change its owner",
     errno.EPERM: "permission denied; choose another directory or change its owner",
@@ -34,9 +36,26 @@ def explain(path: Path, error: OSError) -> StoreError:
     Returns:
         StoreError.
     """
-    meaning = _MEANINGS.get(error.errno or 0, f"{error.strerror or error}")
-    return StoreError(f"run directory: cannot write {path}: {meaning}; what is stored is kept, "
+    return StoreError(f"run directory: cannot write {path}: {_meaning(error)}; what is stored is kept, "
                       "and the same command goes on from there")
+
+
+def reason(error: OSError) -> str:
+    """Return what the system said, with the file and, where there is one, the fix.
+
+    Args:
+        error: of any operation on files.
+
+    Returns:
+        One line.
+    """
+    if error.errno not in _MEANINGS:
+        return str(error)
+    return f"{error.filename or 'cannot write'}: {_meaning(error)}"
+
+
+def _meaning(error):
+    return _MEANINGS.get(error.errno or 0, f"{error.strerror or error}")
 
 
 def make_folder(path: Path) -> None:

@@ -167,6 +167,12 @@ class Work(NamedTuple):
 
 def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool, beat) -> list[str]:
     """Write the manifest, or compare with the one that is there; return allowed differences."""
+    # A run writes its manifest before any record, so records are looked for first.
+    lost = any(True for _ in valid_records(run_dir)) and not (run_dir / MANIFEST).is_file()
+    if lost and not allow_mismatch:
+        raise MismatchError(f"run directory: {run_dir} holds records but no {MANIFEST}, so nobody knows what made them; "
+                            "restore it from a copy, choose another directory, or allow_mismatch=True "
+                            "(--allow-mismatch), which takes them as they are and is recorded")
     if not (run_dir / MANIFEST).is_file():
         # All processes check: each would compute with its own, possibly different, installation.
         findings = preflight(job)
@@ -179,7 +185,8 @@ def _begin(job: Job, run_dir: Path, allow_mismatch: bool, force: bool, beat) -> 
         if jax.process_index() == 0:
             write_manifest(run_dir, {**manifest_of(job, findings, created), "forced": bool(errors)})
         _wait_for(run_dir / MANIFEST, beat)
-    found = differences(read_manifest(run_dir)["fingerprint"], job.fingerprint)
+    found = ["manifest: lost, so what made the records before is unknown"] if lost else []
+    found += differences(read_manifest(run_dir)["fingerprint"], job.fingerprint)
     if found and not allow_mismatch:
         raise MismatchError(f"run directory: {run_dir} belongs to another run ("
                             f"{'; '.join(found)}); choose another directory, or "

@@ -60,12 +60,14 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
     """
     if not len(run.y):
         raise ValueError("run has no images to explain; attack at least one")
-    before, _ = predict(params, apply_fn, run.x)
-    same = int((before == run.predictions_before).sum())
-    if same < 0.9 * len(before):  # rounding on another machine changes hardly any
-        raise ValueError(f"params: this model predicts as the run's did for {same} of {len(before)} clean "
-                         "images only; pass the model, weights and normalisation that were attacked")
     found = run.found
+    # Two good models agree on clean images; on adversarial ones, hardly beyond the boundary, only the same do.
+    for images, said, chosen, kind in ((run.x, run.predictions_before, np.ones(len(run.y), bool), "clean"),
+                                       (run.adversarials, run.predictions_after, found, "adversarial")):
+        same = int((predict(params, apply_fn, images)[0] == said)[chosen].sum())
+        if same < 0.9 * chosen.sum():  # rounding on another machine changes hardly any
+            raise ValueError(f"params: this model predicts as the run's did for {same} of {chosen.sum()} {kind} "
+                             "images only; pass the model, weights and normalisation that were attacked")
     goals = np.where(run.targets >= 0, run.targets, run.predictions_after)
     # Aiming at the true class, or at none, would be a map of nothing; that happens for failures only.
     num_classes = jax.eval_shape(apply_fn, params, run.x[:1]).shape[-1]

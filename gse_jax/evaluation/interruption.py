@@ -33,6 +33,26 @@ class Preempted(SystemExit):
                 "the same command goes on from there")
 
 
+@contextlib.contextmanager
+def resumable():
+    """While nothing is at work that has to be stored, SIGTERM ends the process at once with `EXIT_RESUMABLE`.
+
+    Raises:
+        Preempted: then. Outside the main thread, where Python allows no handlers, never.
+    """
+    def stop(number, frame):
+        raise Preempted(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 class StopSignals:
     """Turns SIGTERM and the first Ctrl-C into a request to stop; a context manager.
 

@@ -104,6 +104,10 @@ class Run:
                              f"images: its status is {record['status']}")
         name, row = record["array"]
         arrays = self._shard(name)
+        if row >= len(arrays["index"]) or arrays["index"][row] != record["index"]:
+            raise ValueError(f"run directory: {self.path / 'arrays' / name} does not hold the images of record "
+                             f"{record['sample_id']!r}: another file was put in its place; delete it and run gse-jax "
+                             "evaluate again to make its samples anew")
         clean_row = arrays["clean_row"][row]
         return arrays["clean"][clean_row], arrays["adversarial"][row]
 
@@ -111,7 +115,7 @@ class Run:
         path = self.path / "arrays" / name
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in ("clean", "clean_row", "adversarial")}
+                return {key: arrays[key] for key in ("clean", "clean_row", "adversarial", "index")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"run directory: {path} is damaged ({error}); delete it and run "
                              "gse-jax evaluate again to make its samples anew") from None

@@ -10,6 +10,7 @@ An array file is on disk before the records that point to it, so a kill at any m
 record valid; what was not yet written is simply done again.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from gse_jax.types import Record
 FORMAT_VERSION = 1
 FOLDERS = ("records", "arrays", "events", "locks")
 MANIFEST = "manifest.json"
+_NEEDED = ("plan", "fingerprint", "cases", "num_samples", "image_shape", "dtype", "bounds", "forced")
 _SPARE_BYTES = 16 << 20  # for records, events and the file system's own needs
 
 
@@ -86,8 +88,12 @@ def read_manifest(run_dir) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
+        missing = [name for name in _NEEDED if name not in manifest] if version == FORMAT_VERSION else ()
+        if missing:
+            raise ValueError(f"without {missing[0]}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"run directory: {path} is damaged ({error})") from None
+        raise ValueError(f"run directory: {path} is damaged ({error}); restore it from a copy, or move it away and run "
+                         "the same gse-jax evaluate with --allow-mismatch: what is stored is kept") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"run directory: {path} has format version {version}, this gse_jax reads "
                          f"{FORMAT_VERSION}; use the gse_jax that wrote it")
@@ -289,16 +295,19 @@ def lost_records(run_dir: Path) -> list[Record]:
     return [record for key, record in lost.items() if key not in kept]
 
 
-def count_entries(run_dir: Path) -> int:
-    """Return how many records were ever written; it grows with all that changes the results.
+def digest_of_records(run_dir: Path) -> str:
+    """Return a digest of all records that were ever written and can be read; it changes with the results.
 
     Args:
         run_dir: the run directory.
 
     Returns:
-        Number of records, lost ones and those made anew included.
+        Hexadecimal digits; of records that lost their images and those made anew, too.
     """
-    return sum(1 for _ in _all_records(run_dir))
+    digest = hashlib.sha256()
+    for record, _ in _all_records(run_dir):
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
 
 
 def _all_records(run_dir: Path) -> Iterator[tuple[Record, bool]]:

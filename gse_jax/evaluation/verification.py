@@ -23,7 +23,7 @@ from gse_jax.evaluation.job import load_model
 from gse_jax.evaluation.measuring import measure
 from gse_jax.evaluation.plan import Plan
 from gse_jax.evaluation.run_directory import Run, open_run
-from gse_jax.evaluation.store import count_entries, lost_records
+from gse_jax.evaluation.store import digest_of_records, lost_records
 from gse_jax.types import Record
 
 _LEVELS = 255  # of an 8-bit pixel
@@ -105,7 +105,7 @@ def verify(run_dir, *, model=None, quantize: bool = False) -> Verification:
         FileNotFoundError, ValueError: if the directory is not a run, or names no model.
     """
     run = open_run(run_dir)
-    entries = count_entries(run.path)  # before they are read: what a writer adds meanwhile is not looked at
+    entries = digest_of_records(run.path)  # before they are read: what a writer adds meanwhile is not looked at
     apply_fn, params = load_model(Plan.from_dict(run.manifest["plan"]), model)
     stored = run.manifest["fingerprint"]
     now = {"weights": weights_digest(params), "model": model_name(apply_fn),
@@ -234,7 +234,7 @@ def _batches(run: Run, tally: _Tally, size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _save(run: Run, verification: Verification, entries: int) -> Path | None:
+def _save(run: Run, verification: Verification, entries: str) -> Path | None:
     name = "verification-8bit.json" if verification.quantized else "verification.json"
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = json.dumps({"time": now, "entries": entries,

@@ -79,6 +79,19 @@ def test_under_the_callers_mesh(method):
     np.testing.assert_array_equal(meshed.adversarials, plain.adversarials)
 
 
+@pytest.mark.parametrize("method", ["pgd", pytest.param("sparse_pgd", marks=pytest.mark.slow)])
+def test_a_sweep_that_an_explicit_mesh_splits(method):
+    """vmap over an axis of a mesh: the mapped axis is hidden from the attack, its split is not."""
+    params, apply_fn, x, y = toy()
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), params)
+    mesh = jax.make_mesh((2,), ("models",))
+    split = jax.device_put(stacked, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("models")))
+    run = jax.vmap(lambda params: attack(method, params, apply_fn, x, y).adversarials)
+    with jax.set_mesh(mesh):
+        meshed = run(split)
+    np.testing.assert_allclose(meshed, run(stacked), atol=1e-9)
+
+
 @pytest.mark.slow
 def test_a_coarse_loop_on_images_that_an_explicit_mesh_splits():
     params, apply_fn, x, y = toy()

@@ -148,6 +148,13 @@ def test_another_model_is_not_explained(run):
     with pytest.raises(ValueError, match="predicts as the run's did for . of .* clean images only"):
         explain(run, params, lambda params, x: -apply_fn(params, x))
 
+    def as_before_on_clean_images(params, x):
+        clean = jnp.any(jnp.all(x[:, None] == run.x[None], axis=(2, 3, 4)), axis=1)
+        return apply_fn(params, x) * jnp.where(clean, 1.0, -1.0).astype(x.dtype)[:, None]
+
+    with pytest.raises(ValueError, match="for . of . adversarial images only"):
+        explain(run, params, as_before_on_clean_images)
+
 
 def test_predict_equals_one_call_for_any_number():
     params, apply_fn, x, _ = toy()

@@ -168,23 +168,26 @@ def test_killed_between_any_two_system_calls_nothing_is_wrong(tmp_path, monkeypa
     assert set(survived) >= {2, 4, 5}  # Before, between and after the two writes.
 
 
+MANIFEST = {"format_version": 1, **dict.fromkeys(
+    ("plan", "fingerprint", "cases", "num_samples", "image_shape", "dtype", "bounds", "forced"))}
+
+
 def test_the_manifest_is_written_once(tmp_path):
     prepare(tmp_path, 0)
-    assert write_manifest(tmp_path, {"format_version": 1, "who": "first"})
-    assert not write_manifest(tmp_path, {"format_version": 1, "who": "second"})
+    assert write_manifest(tmp_path, MANIFEST | {"who": "first"})
+    assert not write_manifest(tmp_path, MANIFEST | {"who": "second"})
     assert read_manifest(tmp_path)["who"] == "first"
 
 
 def test_the_manifest_grows_and_never_shrinks(tmp_path):
-    write_manifest(tmp_path, {"format_version": 1, "who": "first", "cases": [{"name": "a"}], "num_samples": 5})
+    write_manifest(tmp_path, MANIFEST | {"cases": [{"name": "a"}], "num_samples": 5})
     for cases, num_samples, names, most in (("a", 3, "a", 5), ("a", 8, "a", 8), ("ba", 2, "ab", 8), ("c", 9, "abc", 9)):
         widen_manifest(tmp_path, [{"name": name} for name in cases], num_samples)
-        assert read_manifest(tmp_path) == {"format_version": 1, "who": "first", "num_samples": most,
-                                           "cases": [{"name": name} for name in names]}
+        assert read_manifest(tmp_path) == MANIFEST | {"num_samples": most, "cases": [{"name": name} for name in names]}
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "damaged"), ("[]", "damaged"), ('{"format_version": 0}', "version 0, this gse_jax"),
+    ("{", "damaged"), ("[]", "damaged"), ('{"format_version": 1}', "damaged .without plan.; restore it"), ('{"format_version": 0}', "version 0, this gse_jax"),
     ('{"format_version": 99}', "version 99, this gse_jax")])
 def test_a_damaged_manifest_is_told_in_one_line(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
