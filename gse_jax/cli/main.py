@@ -57,6 +57,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         say("gse-jax: interrupted")
         if argv is None:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os._exit(130)  # the end of Python in the middle of a compilation may crash
         return 130
     return 0

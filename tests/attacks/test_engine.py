@@ -570,7 +570,7 @@ def test_a_known_number_of_images_may_be_zero():
     options = dict(image_shape=x.shape[1:], dtype=x.dtype)
     assert list(attack_stream(params, apply_fn, [], num_images=0, **options)) == []
     for wrong, words in ((dict(num_images=-1), "num_images must be a whole number >= 0 or None, got -1"),
-                         (dict(lanes=0), "lanes must be a positive integer"), (dict(precision="fp8"), "precision")):
+                         (dict(lanes=0), "lanes must be a whole number >= 1 or None, got 0"), (dict(precision="fp8"), "precision")):
         with pytest.raises(ValueError, match=words):
             attack_stream(params, apply_fn, [], **wrong, **options)
 
