@@ -35,7 +35,8 @@ def main(argv=None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`: all files are written
+    except BrokenPipeError as error:  # nobody reads any more, as behind `| head`: all files are written
+        say(f"gse-jax: the output was not read to its end ({error})")
         sys.stdout = open(os.devnull, "w")  # what is still in the buffer would fail at the end
         return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, ImportError, StoreError) as error:

@@ -65,7 +65,7 @@ def explain(run: AttackRun, params, apply_fn) -> Explanation:
     for images, said, chosen, kind in ((run.x, run.predictions_before, np.ones(len(run.y), bool), "clean"),
                                        (run.adversarials, run.predictions_after, found, "adversarial")):
         same = int((predict(params, apply_fn, images)[0] == said)[chosen].sum())
-        if same < 0.9 * chosen.sum():  # rounding on another machine changes hardly any
+        if same + 1 < 0.9 * chosen.sum():  # rounding on another machine changes hardly any, but one of a few may be
             raise ValueError(f"params: this model predicts as the run's did for {same} of {chosen.sum()} {kind} "
                              "images only; pass the model, weights and normalisation that were attacked")
     goals = np.where(run.targets >= 0, run.targets, run.predictions_after)

@@ -99,7 +99,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
     wanted = np.ravel(max_l2)
     if "gse_refined" in methods and not (wanted.size and wanted.dtype.kind in "iuf" and (wanted > 0).all()):
         raise ValueError(f"max_l2={max_l2!r} must hold positive numbers")
-    caps = sorted(wanted.tolist(), reverse=True)
+    caps = sorted(map(float, wanted), reverse=True) if "gse_refined" in methods else []
     configurations = configurations_of(methods, domain, np.shape(x)[1:], targets is not None)
     points = []
     for name in methods:
