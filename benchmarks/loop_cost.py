@@ -35,11 +35,14 @@ KINDS = {  # features in, features out, side of the kernel, options
     "2 groups": (64, 64, 3, {"feature_group_count": 2}),
     "4 groups stride 2": (32, 64, 3, {"feature_group_count": 4, "window_strides": (2, 2)}),
     "32 groups": (128, 128, 3, {"feature_group_count": 32}),
+    "32 groups of 16": (512, 512, 3, {"feature_group_count": 32}),
     "depthwise": (64, 64, 3, {"feature_group_count": 64}),
     "depthwise stride 2": (64, 64, 3, {"feature_group_count": 64, "window_strides": (2, 2)}),
     "depthwise 7x7": (64, 64, 7, {"feature_group_count": 64}),
     "depthwise, 2 outputs": (32, 64, 3, {"feature_group_count": 32}),
     "one dimension": (32, 32, 3, {}),
+    "three dimensions": (16, 16, 3, {}),
+    "three dimensions, stride 2": (16, 32, 3, {"window_strides": (2, 2, 2)}),
 }
 STEPS = 4
 
@@ -62,6 +65,12 @@ def kind(name, layout, side):
         kernel = kernel.take(0, numbers[1].index("H"))
         numbers = tuple(spec.replace("H", "") for spec in numbers)
         options["window_strides"] = (1,)
+    if "three dimensions" in name:  # four slices one above the other
+        height = numbers[0].index("H")
+        x = x.reshape(*x.shape[:height], 4, -1, *x.shape[height + 1:])
+        kernel = np.stack([kernel] * size, numbers[1].index("H")) / size
+        numbers = tuple(spec.replace("H", "DH") for spec in numbers)
+        options["window_strides"] = (options["window_strides"] * 2)[:3]
 
     def loss(kernel, x):
         return jnp.sum(jnp.tanh(lax.conv_general_dilated(x, kernel, dimension_numbers=numbers,

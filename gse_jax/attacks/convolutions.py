@@ -5,9 +5,8 @@ dilation) only in the entry computation of a program, not in the body of a loop.
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
 was measured up to 41 times slower there, 20 times for 3 x 3 (`benchmarks/loop_cost.py`).
 `canonical_convolutions` writes that form down explicitly: the function is traced, and every
-convolution of one or two dimensions is evaluated as transpose, canonical convolution, transpose, without
-the pixels that a stride skips under a kernel of one pixel and without the zeros of an input
-dilation. Values change by rounding only. The smallest kernels (three features to three, 3 x 3) are
+convolution is evaluated as transpose, canonical convolution, transpose, without the pixels that a
+stride skips under a kernel of one pixel and without the zeros of an input dilation. Values change by rounding only. The smallest kernels (three features to three, 3 x 3) are
 left as they are: for them XLA's slow form is the faster one.
 
 The rewritten convolution is a primitive of its own, so that it stays canonical when the result is
@@ -21,13 +20,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-
-_CANONICAL = ("NHWC", "HWIO", "NHWC")
-_NHWC = (0, 3, 1, 2)  # its axes of batch, features, height and width
-_NUMBERS = lax.ConvDimensionNumbers(_NHWC, (3, 2, 0, 1), _NHWC)
 
 # Groups are merged until a convolution has this many input features: XLA multiplies the zeros of a
 # kernel of 32 x 32 features faster than it loops over narrow groups.
@@ -37,9 +33,9 @@ _WIDTH = 32
 # 0.5 to 0.9 of the time of the canonical form, with 4 x 4 x 4 x 4 and 3 x 3 x 3 x 8 1.4 and 1.6 times as long.
 _SMALLEST = 81
 
-# More taps of a depthwise kernel than this, or more blocks of groups, would be a program of thousands of
-# operations: those kernels are merged too, and those groups left as they are.
-_MOST_TAPS, _MOST_BLOCKS = 128, 64
+# More taps of a depthwise kernel than this would be a program of thousands of operations: those kernels are
+# merged too. More blocks of groups become a loop, a tenth slower, where each took 0.1 s to compile.
+_MOST_TAPS, _MOST_UNROLLED = 128, 8
 
 # Calls whose body is evaluated in place, and the parameter that holds the body.
 _INLINED = {
@@ -57,7 +53,7 @@ _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("
 
 
 def canonical_convolutions(fn):
-    """Return `fn` with its convolutions of one and two dimensions in canonical form.
+    """Return `fn` with its convolutions of one to three dimensions in canonical form.
 
     Args:
         fn: a function of arrays (pytrees allowed) to arrays.
@@ -83,7 +79,7 @@ def _contains_convolution(jaxpr):
 
 
 def _is_convolution(eqn):
-    if eqn.primitive is not _plain or eqn.invars[0].aval.ndim not in (3, 4) or not eqn.outvars[0].aval.size:
+    if eqn.primitive is not _plain or not 3 <= eqn.invars[0].aval.ndim <= 5 or not eqn.outvars[0].aval.size:
         return False
     grouped = eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1
     return grouped or eqn.invars[1].aval.size > _SMALLEST
@@ -213,13 +209,20 @@ def _convolution(lhs, rhs, params):
         return _depthwise(lhs, rhs, params)
     merged = next(m for m in range(1, groups + 1)
                   if groups % m == 0 and (m * rhs.shape[inputs] >= _WIDTH or m == groups))
-    blocks = groups // merged
-    if blocks > _MOST_BLOCKS:
-        return _plain.bind(lhs, rhs, **params)
-    parts = zip(jnp.split(lhs, blocks, channels), jnp.split(rhs, blocks, numbers.rhs_spec[0]))
+    blocks, features = groups // merged, numbers.out_spec[1]
     params = params | {"feature_group_count": 1}
-    return jnp.concatenate([_conv.bind(part, _block_diagonal(kernel, merged, numbers), **params)
-                            for part, kernel in parts], numbers.out_spec[1])
+
+    def block(_, part):
+        return None, _conv.bind(part[0], _block_diagonal(part[1], merged, numbers), **params)
+
+    def split(array, axis):
+        before, size, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1:]
+        return jnp.moveaxis(array.reshape(*before, blocks, size // blocks, *after), axis, 0)
+
+    # A loop over canonical convolutions is as fast as they are.
+    parts = split(lhs, channels), split(rhs, numbers.rhs_spec[0])
+    out = lax.scan(block, None, parts, unroll=blocks if blocks <= _MOST_UNROLLED else 1)[1]
+    return lax.collapse(jnp.moveaxis(out, 0, features), features, features + 2)
 
 
 def _with_unit_axis(params):
@@ -234,21 +237,22 @@ def _pointwise(lhs, rhs, **params):
     """A kernel of one pixel: pixels that the stride skips, and zeros of the dilation, stay out."""
     numbers = params["dimension_numbers"]
     strides, dilation = params["window_strides"], params["lhs_dilation"]
-    plain = params | {"window_strides": (1, 1), "lhs_dilation": (1, 1), "padding": ((0, 0), (0, 0))}
-    if dilation == (1, 1) and strides != (1, 1):
-        steps = [1] * 4
+    ones = (1,) * len(strides)
+    plain = params | {"window_strides": ones, "lhs_dilation": ones, "padding": ((0, 0),) * len(ones)}
+    if dilation == ones and strides != ones:
+        steps = [1] * lhs.ndim
         for axis, stride in zip(numbers.lhs_spec[2:], strides):
             steps[axis] = stride
         lhs = _padded(lhs, params, numbers.lhs_spec)
-        return _conv.bind(lax.slice(lhs, (0,) * 4, lhs.shape, steps), rhs, **plain)
-    if strides == (1, 1) and dilation != (1, 1):
+        return _conv.bind(lax.slice(lhs, (0,) * lhs.ndim, lhs.shape, steps), rhs, **plain)
+    if strides == ones and dilation != ones:
         return _padded(_conv.bind(lhs, rhs, **plain), params, numbers.out_spec)
     return _conv.bind(lhs, rhs, **params)
 
 
 def _padded(images, params, spec):
     """Images with their padding and dilation; `spec` names the axes of batch, features, H and W."""
-    config = [(0, 0, 0)] * 4
+    config = [(0, 0, 0)] * images.ndim
     for axis, (low, high), dilation in zip(spec[2:], params["padding"], params["lhs_dilation"]):
         config[axis] = (low, high, dilation - 1)
     return lax.pad(images, jnp.zeros((), images.dtype), config)
@@ -266,39 +270,40 @@ def _block_diagonal(kernel, groups, numbers):
 def _depthwise(lhs, rhs, params):
     """One input feature per group: a weighted sum of shifted images, which XLA fuses."""
     lhs, rhs = _to_canonical(lhs, rhs, params)
-    lhs = _padded(lhs, params, _NHWC)
+    lhs = _padded(lhs, params, _numbers(lhs.ndim).lhs_spec)
     dtype = params["preferred_element_type"] or lhs.dtype
     wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype  # sums of half floats
-    lhs = jnp.repeat(lhs, rhs.shape[3] // lhs.shape[3], axis=3).astype(wide)
+    lhs = jnp.repeat(lhs, rhs.shape[-1] // lhs.shape[-1], axis=-1).astype(wide)
     strides, dilation = params["window_strides"], params["rhs_dilation"]
     last = [(size - (k - 1) * d - 1) // s * s for size, k, d, s in zip(
-        lhs.shape[1:3], rhs.shape[:2], dilation, strides)]
+        lhs.shape[1:], rhs.shape, dilation, strides)]
     total = 0.0
-    for i in range(rhs.shape[0]):
-        for j in range(rhs.shape[1]):
-            top, left = i * dilation[0], j * dilation[1]
-            shifted = lax.slice(lhs, (0, top, left, 0),
-                                (lhs.shape[0], top + last[0] + 1, left + last[1] + 1, lhs.shape[3]),
-                                (1, *strides, 1))
-            total += shifted * rhs[i:i + 1, j:j + 1].astype(wide)
+    for tap in np.ndindex(*rhs.shape[:-2]):
+        first = [i * d for i, d in zip(tap, dilation)]
+        shifted = lax.slice(lhs, (0, *first, 0),
+                            (lhs.shape[0], *(f + n + 1 for f, n in zip(first, last)), lhs.shape[-1]),
+                            (1, *strides, 1))
+        total += shifted * rhs[tap].reshape((1,) * (lhs.ndim - 1) + (-1,)).astype(wide)
     return _from_canonical(total.astype(dtype), params)
 
 
 def _canonical(lhs, rhs, **params):
     lhs, rhs = _to_canonical(lhs, rhs, params)
-    dilated = params["lhs_dilation"] != (1, 1)
-    if dilated and params["window_strides"] == params["rhs_dilation"] == (1, 1):
+    numbers = _numbers(lhs.ndim)
+    ones = (1,) * (lhs.ndim - 2)
+    dilated = params["lhs_dilation"] != ones
+    if dilated and params["window_strides"] == params["rhs_dilation"] == ones:
         return _from_canonical(lax.optimization_barrier(_by_phases(lhs, rhs, params)), params)
     # What is left of input dilation, and negative padding, become an explicit pad of the input.
     explicit = min(map(min, params["padding"])) < 0 or dilated
     if explicit:
-        lhs = _padded(lhs, params, _NHWC)
+        lhs = _padded(lhs, params, numbers.lhs_spec)
     out = lax.conv_general_dilated(
         lhs, rhs,
         window_strides=params["window_strides"],
-        padding=((0, 0), (0, 0)) if explicit else params["padding"],
+        padding=((0, 0),) * len(ones) if explicit else params["padding"],
         rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=_CANONICAL,
+        dimension_numbers=numbers,
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],
     )
@@ -329,23 +334,34 @@ def _by_phases(lhs, rhs, params):
         padding.append((-first, count - size + first + window - 1))
         sizes.append(count)
         outputs.append(output)
-    kernel = jnp.transpose(jnp.flip(kernel, (1, 3)), (0, 2, 4, 1, 3, 5))
-    out = _canonical(lhs, kernel.reshape(*kernel.shape[:3], -1), **params | {
-        "dimension_numbers": _NUMBERS, "lhs_dilation": (1, 1), "padding": tuple(padding)})
-    out = out.reshape(len(lhs), *sizes, *phases, rhs.shape[3]).transpose(0, 1, 3, 2, 4, 5)
-    out = out.reshape(len(lhs), *(n * d for n, d in zip(sizes, phases)), rhs.shape[3])
-    return out[:, :outputs[0], :outputs[1]]
+    rank = len(phases)
+    windows, places = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
+    kernel = jnp.transpose(jnp.flip(kernel, places), (*windows, 2 * rank, *places, 2 * rank + 1))
+    out = _canonical(lhs, kernel.reshape(*kernel.shape[:rank + 1], -1), **params | {
+        "dimension_numbers": _numbers(lhs.ndim), "lhs_dilation": (1,) * rank, "padding": tuple(padding)})
+    out = out.reshape(len(lhs), *sizes, *phases, rhs.shape[-1])
+    pairs = [axis for i in range(rank) for axis in (1 + i, 1 + rank + i)]
+    out = out.transpose(0, *pairs, 2 * rank + 1)
+    out = out.reshape(len(lhs), *(n * d for n, d in zip(sizes, phases)), rhs.shape[-1])
+    return lax.slice(out, (0,) * out.ndim, (len(lhs), *outputs, rhs.shape[-1]))
+
+
+def _numbers(ndim):
+    """The canonical form's axes: batch, height, width (and more), features; a kernel's inputs, then outputs."""
+    spatial = tuple(range(ndim - 2))
+    images = (0, ndim - 1, *(axis + 1 for axis in spatial))
+    return lax.ConvDimensionNumbers(images, (ndim - 1, ndim - 2, *spatial), images)
 
 
 def _to_canonical(lhs, rhs, params):
-    n, c, h, w = params["dimension_numbers"].lhs_spec
-    o, i, kh, kw = params["dimension_numbers"].rhs_spec
-    return jnp.transpose(lhs, (n, h, w, c)), jnp.transpose(rhs, (kh, kw, i, o))
+    n, c, *spatial = params["dimension_numbers"].lhs_spec
+    o, i, *taps = params["dimension_numbers"].rhs_spec
+    return jnp.transpose(lhs, (n, *spatial, c)), jnp.transpose(rhs, (*taps, i, o))
 
 
 def _from_canonical(out, params):
-    back = [0] * 4
-    for source, position in zip(_NHWC, params["dimension_numbers"].out_spec):
+    back = [0] * out.ndim
+    for source, position in zip(_numbers(out.ndim).out_spec, params["dimension_numbers"].out_spec):
         back[position] = source
     return jnp.transpose(out, back)
 
