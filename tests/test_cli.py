@@ -67,6 +67,17 @@ def test_explain_writes_panels_curves_and_a_table(demo):
     assert "interpretability score, 90th percentile" in table and "top 20 % of CAM" in table
 
 
+def test_explain_tells_how_to_name_weights_that_moved(demo, tmp_path, capsys):
+    from gse_jax.evaluation import load_run, save_run
+
+    run = load_run(demo[0])
+    save_run(run._replace(about=run.about | {"weights": str(tmp_path / "gone.npz")}), tmp_path / "adversarials.npz")
+    for option, told in (([], True), (["--weights", str(tmp_path / "wrong.npz")], False)):
+        assert cli.main(["explain", str(tmp_path), *option]) == 2
+        error = capsys.readouterr().err
+        assert "does not exist" in error and ("pass --weights" in error) == told
+
+
 def test_images_without_a_salient_region_are_left_out_and_counted():
     from gse_jax import metrics
     from gse_jax.cli.explain import _explanation_rows

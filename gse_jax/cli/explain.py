@@ -31,8 +31,13 @@ def _explain(args):
     for name, value in chosen.items():
         if value is None:
             raise ValueError(f"the run does not say its {name}; pass --{name}")
-    apply_fn, params = models.load(chosen["model"], weights=chosen["weights"],
-                                   normalize=options.normalization(chosen["normalize"]))
+    try:
+        apply_fn, params = models.load(chosen["model"], weights=chosen["weights"],
+                                       normalize=options.normalization(chosen["normalize"]))
+    except FileNotFoundError as error:
+        if args.weights is not None:
+            raise
+        raise FileNotFoundError(f"{error} (so the run says; pass --weights if they are elsewhere now)") from None
     explanation = explain(run, params, apply_fn)
     path = Path(args.path)
     folder = Path(args.out or (path if path.is_dir() else path.parent) / "explain")

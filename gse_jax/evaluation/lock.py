@@ -143,8 +143,10 @@ def _alive(path: Path, *, trust_processes: bool) -> bool:
 def _owner(path: Path) -> dict | None:
     try:
         owner = json.loads(path.read_text())
-        return owner if {"host", "pid", "residue"} <= owner.keys() else None
-    except (ValueError, OSError, AttributeError):  # Free, or torn by a crash.
+        index, count = map(int, owner["residue"])
+        known = {"host": str(owner["host"]), "pid": int(owner["pid"]), "residue": (index, count)}
+        return known if count > 0 else None
+    except (ValueError, TypeError, KeyError, OSError):  # Free, or torn by a crash.
         return None
 
 
@@ -174,6 +176,6 @@ def _overlap(a, b) -> bool:
 
 
 def _held_message(writer, owner):
-    who = f"process {owner['pid']} on {owner['host'].split()[0]}" if owner else "another process"
+    who = f"process {owner['pid']} on {owner['host'].partition(' ')[0]}" if owner else "another process"
     return (f"run directory: {who} is working in it as {writer!r}; wait for it or stop it, or give "
             "both their own part with --shard I/N")

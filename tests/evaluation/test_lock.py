@@ -89,6 +89,16 @@ def test_a_writer_on_another_machine_is_dead_when_its_heart_has_stopped(tmp_path
     assert (tmp_path / "main.lock").read_text() == ""
 
 
+@pytest.mark.parametrize("broken", ["[]", "7", '{"host"', '{"host": "elsewhere", "pid": 1, "residue": 3}',
+                                    '{"host": "elsewhere", "pid": 1, "residue": [0, 0]}',
+                                    '{"host": "elsewhere", "pid": "x", "residue": [0, 1]}'])
+def test_a_lock_that_a_crash_tore_is_free(tmp_path, broken):
+    for name in ("main", "shard-0-of-2"):
+        (tmp_path / f"{name}.lock").write_text(broken)
+    with WriterLock(tmp_path, "main", (0, 1)):
+        pass
+
+
 @pytest.mark.parametrize("age", [lock.STALE_SECONDS - 30, lock.STALE_SECONDS + 60, -600],
                          ids=["seen lately", "our clock is ahead", "our clock is behind"])
 def test_in_doubt_it_waits_for_a_heartbeat(tmp_path, monkeypatch, age):
