@@ -1,5 +1,7 @@
 """What the attacks promise of single images: caps kept, gradients followed, no success that changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,18 @@ import pytest
 
 import gse_jax
 from gse_jax import Status
+from gse_jax.attacks import METHODS
 from gse_jax.attacks.algorithm import Evaluation, Sample
 from gse_jax.attacks.baselines.record import is_success, note, start_record
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
-from gse_jax.attacks.baselines.sparse_projected_gradient_descent import climbing_loss
+from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SparsePGDSettings, climbing_loss
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE
 from gse_jax.attacks.gse.search import is_boosted
 from gse_jax.attacks.refinement.descent import last_digit, step_to_boundary
 from gse_jax.attacks.segmentation import slic_segments
 from gse_jax.metrics import changed_mask
-from tests.toy_model import linear_logits
+from tests.toy_model import linear_logits, states_over
 
 
 def two_classes(seed, count):
@@ -79,6 +82,31 @@ def test_targeted_sparse_pgd_climbs_over_whichever_class_leads():
     gradient = jax.grad(lambda z: climbing_loss(z, sample, True))
     assert gradient(jnp.asarray([2.0, 1.9, 0.0])).tolist() == [-1, 1, 0]  # the label leads, hardly
     assert gradient(jnp.asarray([1.0, 0.5, 3.0])).tolist() == [0, 1, -1]  # the label is beaten, by the third
+
+
+@pytest.mark.parametrize("structure, size", [("row", (1, 13)), ("column", (12, 1)), ("patch", (2, 3))])
+def test_structured_sparse_pgd_changes_no_more_blocks_than_its_budget_holds(structure, size):
+    """Three blocks, of a budget that lacks one pixel for a fourth; the patches are tiles, so that they can be counted."""
+    area = size[0] * size[1]
+    settings = SparsePGDSettings(4 * area - 1, max_steps=12, structure=structure, stride=1, patience=2)
+    if structure == "patch":
+        settings = dataclasses.replace(settings, pattern=((1,) * 3,) * 2, stride=3)
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 12, 13, 3)))
+    hyperparams = jax.tree.map(jnp.asarray, gse_jax.preset("sparse_pgd", "cifar10")[1])
+    attack = METHODS["sparse_pgd"].bind(settings, hyperparams, targeted=False, bounds=(0.0, 1.0), key=jax.random.key(0))
+    samples = Sample(x, jnp.zeros(2, jnp.int32), jnp.full(2, -1, jnp.int32), jnp.arange(2, dtype=jnp.int32))
+    model = lambda x: jnp.stack([9.0 + jnp.sin(20.0 * x).mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+    step = settings.stride if structure == "patch" else 1
+    masks = set()
+    for state in states_over(attack, model, samples, 12):
+        changed = np.asarray((jax.vmap(attack.query)(state) != x).any(-1))
+        for image in changed:
+            corners = [(r, c) for r in range(0, 13 - size[0], step) for c in range(0, 14 - size[1], step)
+                       if image[r:r + size[0], c:c + size[1]].any()]
+            assert len(corners) == 3
+            assert sum(image[r:r + size[0], c:c + size[1]].sum() for r, c in corners) == image.sum() <= 3 * area
+        masks.add(changed.tobytes())
+    assert len(masks) > 2  # the blocks move
 
 
 def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
