@@ -15,7 +15,7 @@ from gse_jax.attacks.refinement import REFINE, RefineHyperparams, RefineSettings
 from gse_jax.attacks.refinement.algorithm import _precedes
 from gse_jax.attacks.refinement.descent import clip_to_caps, excess_over_caps, last_digit, step_to_boundary
 from gse_jax.attacks.refinement.supports import _blurred, power, propose
-from tests.toy_model import linear_logits, toy
+from tests.toy_model import linear_logits, states_over, toy
 
 BOUNDS = (-1.0, 1.0)
 
@@ -418,6 +418,24 @@ def test_an_image_beyond_the_cap_is_pulled_inside_or_not_found():
     least = gse_jax.refine(params, linear_logits, x, given, y, objective="l2", bounds=BOUNDS)
     ratio = numbers(x, least.adversarials)["l2"] / smallest
     assert (ratio >= 1.0 - 1e-5).all() and (ratio <= 1.1).all()
+
+
+def test_a_shorter_norm_is_tried_ever_closer_to_what_failed():
+    """Far from the image the margin is not what its slope there says: after failures the way back gets shorter."""
+    x = jnp.full((8, 8, 1), 0.5)
+    given = x.at[2:4, 2:4].set(0.9)
+    count = jnp.zeros((), jnp.int32)
+    samples = jax.tree.map(lambda a: a[None], Sample(x, count, count - 1, count, start=given))
+    attack = REFINE.bind(RefineSettings("l2"), RefineHyperparams(*map(jnp.asarray, RefineHyperparams())), targeted=False,
+                         bounds=BOUNDS)
+
+    def only_given(images):
+        outside = jnp.abs(images - given[None]).max((1, 2, 3)) > 0.0
+        return jnp.stack([jnp.where(outside, 1.0, -1.0), jnp.zeros(len(images))], 1)
+
+    share = [float(jnp.linalg.norm(attack.query(jax.tree.map(lambda a: a[0], state)) - x) / jnp.linalg.norm(given - x))
+             for state in states_over(attack, only_given, samples, 24)]
+    assert min(share) < 0.51 and 0.98 < max(share) < 1.0
 
 
 @pytest.mark.slow

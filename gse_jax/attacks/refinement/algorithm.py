@@ -249,9 +249,10 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
         base = select(anew, current, here)
         before = (base.image - x) / unit
-        # To shorten the norm on the same support: half of the way back, then the shortest step to
-        # the boundary, and hardly beyond it.
-        w = clip_to_caps(jnp.where(is_scale, 0.5, 1.0) * before, lower, upper, radius)
+        # To shorten the norm on the same support: part of the way back, half of it at most, then the shortest
+        # step to the boundary, and hardly beyond it. Less after failures, for the margin is not linear.
+        back = jnp.where(is_scale, jnp.maximum(1.0 - 2.0 * walk.fraction, 0.5), 1.0)
+        w = clip_to_caps(back * before, lower, upper, radius)
         off = jnp.where(support[..., None], w, 0.0) - before
         margin = base.margin + jnp.sum(base.gradient * off)
         beyond = hyperparams.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
