@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from gse_jax.attacks.algorithm import NO_SAMPLE, Algorithm, Evaluation, Outcome, Sample, select_rows
+from gse_jax.attacks.errors import in_one_line
 from gse_jax.attacks.loops import while_loop
 from gse_jax.attacks.precision import as_returned, narrowed
 
@@ -148,7 +149,10 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
         logits = rows_of_logits(points).astype(points.dtype)
         return Evaluation(logits, jax.vmap(algorithm.loss)(states, logits), jnp.zeros_like(points)), []
 
-    logits, pullback = jax.vjp(rows_of_logits, points)
+    differentiating = ("apply_fn cannot be differentiated", "put the model in evaluation mode, or use an attack "
+                       "without gradients (sparse_rs)")
+    with in_one_line(*differentiating):
+        logits, pullback = jax.vjp(rows_of_logits, points)
 
     # The derivative of the loss by the logits is taken image by image; a NaN in one row cannot
     # reach another through a sum over the batch.
@@ -161,7 +165,8 @@ def evaluate(algorithm: Algorithm, logits_fn, states, saved=None):
     if saved is not None and len(saved) == len(arrays):
         arrays = [new if old is None else old for new, old in zip(arrays, saved)]
     by_logits, pullback = jax.tree.unflatten(tree, arrays)
-    (gradient,) = pullback(by_logits)
+    with in_one_line(*differentiating):
+        (gradient,) = pullback(by_logits)
     if algorithm.direction is not None:
         gradient = jax.vmap(algorithm.direction)(gradient)
     return Evaluation(logits.astype(points.dtype), loss, gradient), arrays

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gse_jax.attacks.errors import in_one_line
 from gse_jax.attacks.program import hashable
 
 SMALLEST_SIDE = 8  # pixels: one patch of d_{2,0}
@@ -173,24 +174,28 @@ def check_model(params, apply_fn, image_shape, dtype) -> tuple[int, bool]:
         (number of classes, whether `apply_fn` closes over tracers of the caller).
 
     Raises:
-        TypeError: if `apply_fn` is not callable, or returns something other than one float array.
+        TypeError: if `apply_fn` is not callable, or returns something other than one float array, or `params`
+            holds something other than arrays.
         ValueError: if the result is not [N, classes] with at least two classes.
     """
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function (params, x) -> logits, got "
                         f"{type(apply_fn).__name__}; the order is attack(params, apply_fn, x, y)")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(f"params must hold arrays only, got a {type(leaf).__name__} at "
+                            f"params{jax.tree_util.keystr(path)}; for an Equinox module use "
+                            "apply_fn, params = gse_jax.models.from_equinox(module)")
     batch = 3  # neither 1 nor 2: a model that mixes the batch axis shows
     probe = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
-    try:
+    with in_one_line(f"apply_fn(params, x) failed for x of shape {list(probe.shape)} {probe.dtype}"):
         # JAX remembers what it traced by the function, so not for one that may hold another model by now.
         jaxpr, out = jax.make_jaxpr(hashable(apply_fn), return_shape=True)(params, probe)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(f"apply_fn(params, x) failed for x of shape {list(probe.shape)} "
-                         f"{probe.dtype}: {type(error).__name__}: {reason}") from error
     if not isinstance(out, jax.ShapeDtypeStruct):
-        raise TypeError(f"apply_fn must return logits [N, classes], got a {type(out).__name__}; "
-                        "return the logits alone, e.g. lambda p, x: model(p, x)[0]")
+        part = "['logits']" if isinstance(out, dict) else "[0]"
+        raise TypeError(f"apply_fn must return logits [N, classes], got a {type(out).__name__}; return the logits "
+                        f"alone, e.g. lambda p, x: model(p, x){part}; if updated statistics come with them, the "
+                        "model is in training mode: attack it in evaluation mode")
     if len(out.shape) != 2 or out.shape[0] != batch or out.shape[1] < 2:
         raise ValueError(f"apply_fn must return logits [N, classes], got shape {list(out.shape)} "
                          f"for {batch} images")

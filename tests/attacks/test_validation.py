@@ -51,7 +51,17 @@ CASES = {
     "float targets": (dict(targets=(Y + 1.0) % 5), TypeError, "targets .*integer"),
     "targets equal y": (dict(targets=Y), ValueError, "targets .*differ"),
     "tuple out": (dict(apply_fn=lambda p, x: (linear_logits(p, x), 0)), TypeError,
-                  "apply_fn .*tuple"),
+                  r"apply_fn .*tuple.*\[0\].*evaluation mode"),
+    "dict out": (dict(apply_fn=lambda p, x: {"logits": linear_logits(p, x)}), TypeError,
+                 r"apply_fn .*dict.*\['logits'\]"),
+    "a function among the params": (dict(params={"dense": PARAMS, "activation": [jnp.tanh]}), TypeError,
+                                    r"params\['activation'\]\[0\].*from_equinox"),
+    "no derivative": (dict(apply_fn=lambda p, x: jax.pure_callback(
+        linear_logits, jax.ShapeDtypeStruct((len(x), 5), x.dtype), p, x)), ValueError,
+        "apply_fn cannot be differentiated: .*sparse_rs"),
+    "no derivative backwards": (dict(apply_fn=lambda p, x: jax.lax.while_loop(
+        lambda c: c.sum() < -1e9, lambda c: c, linear_logits(p, x))), ValueError,
+        "apply_fn cannot be differentiated: .*sparse_rs"),
     "scalar out": (dict(apply_fn=lambda p, x: linear_logits(p, x).sum()), ValueError,
                    "apply_fn .*classes"),
     "one class": (dict(apply_fn=lambda p, x: linear_logits(p, x)[:, :1]), ValueError,
