@@ -131,10 +131,12 @@ def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
 
 def test_boosted_runs_are_told_by_where_they_begin():
     settings = gse_jax.GSESettings(num_runs=10, num_boosted_runs=3)
-    first = jnp.full(4, 0.3)
+    first = jnp.full(5, 0.3)
     # The first two are boosted runs; the third lies between two of them, after the second succeeded.
-    tradeoff = first * jnp.asarray([1e-7, 1e-8, 5.5e-8, 0.5])
-    assert is_boosted(tradeoff, first, settings).tolist() == [True, True, False, False]
+    tradeoff = first * jnp.asarray([1e-7, 1e-8, 5.5e-8, 0.5, 1e-12])
+    assert is_boosted(tradeoff, first, settings).tolist() == [True, True, False, False, True]
+    never = gse_jax.GSESettings(num_runs=10, num_boosted_runs=0)
+    assert not is_boosted(tradeoff, first, never).any()
 
 
 @pytest.mark.parametrize("method", ["gse", "strattack", "sigma_zero"])
