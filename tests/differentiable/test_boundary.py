@@ -65,6 +65,33 @@ def test_linear_model_has_the_known_solution():
     assert bool(result.support[:, :4].all()) and not bool(result.support[:, 4:].any())
 
 
+def test_steps_go_a_share_of_the_way_to_a_known_point():
+    """Linear model: the point, and what is left of the way there, in units of a range of width 2."""
+    random = np.random.default_rng(0)
+    kernel, damping, unit = random.normal(size=(192, 2)), 0.25, 9.0
+    x = random.uniform(0.4, 0.6, (3, 8, 8, 3))
+    params = kernel, np.asarray([60.0 - 0.5 * (kernel[:, 0] - kernel[:, 1]).sum(), 0.0])
+    gap = np.asarray(linear_logits(params, x) @ np.asarray([1.0, -1.0]))
+    slope = unit * (kernel[:, 0] - kernel[:, 1]) * (np.arange(192) < 96)  # the upper half may change
+    target = -(gap / (slope @ slope))[:, None] * slope
+    # On the boundary already, but not next to x; next to x; and neither.
+    aside = np.where(slope != 0.0, random.normal(size=192), 0.0)
+    aside -= (aside @ slope) / (slope @ slope) * slope
+    begin = np.stack([target[0] + 0.2 * aside, 0.01 * target[1], 0.5 * target[2] + 0.1 * aside])
+    given = (x.reshape(3, 192) + unit * begin).reshape(x.shape)
+    for steps in (1, 3):
+        result = gse_jax.implicit_attack(params, linear_logits, x, np.zeros(3, int), adversarials=given,
+                                         num_steps=steps, damping=damping, bounds=(-8.0, 10.0))
+        left = (1.0 - damping) ** steps * (begin - target)
+        w = target + left
+        np.testing.assert_allclose((result.adversarials - x).reshape(3, 192) / unit, w, atol=1e-12)
+        np.testing.assert_allclose(result.distance, np.linalg.norm(w, axis=1))
+        np.testing.assert_allclose(result.multiplier, gap / (slope @ slope))
+        stationarity, margin = abs(left).max(1), abs(left @ slope)
+        np.testing.assert_allclose(result.residual, np.maximum(stationarity, margin))
+    assert (stationarity > margin).any() and (stationarity < margin).any()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_derivative_of_the_distance_alone_is_that_of_the_margin(dtype):
     """Envelope theorem: d distance = multiplier / distance * d margin; nothing of it lies in the plane."""
@@ -161,6 +188,35 @@ def test_pixels_on_a_bound_stay_there():
     np.testing.assert_array_equal(result.adversarials[0, 0, 0], -1.0)
     np.testing.assert_allclose(result.adversarials[0, 0, 1], 1.0)  # the rest: sum is then 0
     assert float(result.residual[0]) < 1e-10
+    # The same at the upper bound.
+    mirrored = gse_jax.implicit_attack((-kernel, params[1]), linear_logits, -x, jnp.zeros(1, int),
+                                       adversarials=-adversarials, bounds=BOUNDS)
+    np.testing.assert_allclose(mirrored.adversarials, -result.adversarials)
+    np.testing.assert_allclose(mirrored.distance, np.sqrt(3 * (1.9**2 + 1.0)))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_point_beyond_a_bound_is_not_trusted(sign):
+    """A pixel of three values would have to go to 1.5."""
+    params = jnp.zeros((192, 2)).at[:3, 0].set(-sign), jnp.asarray([4.5, 0.0])
+    x = jnp.zeros((1, 8, 8, 3))
+    result = gse_jax.implicit_attack(params, linear_logits, x, jnp.zeros(1, int),
+                                     adversarials=x.at[0, 0, 0].set(0.5 * sign), bounds=BOUNDS)
+    np.testing.assert_allclose(result.adversarials[0, 0, 0], 1.5 * sign)
+    np.testing.assert_allclose(result.residual, 0.5)
+
+
+def test_the_saddle_point_is_that_of_a_dense_solver():
+    random = np.random.default_rng(0)
+    root, normal, a = random.normal(size=(30, 30)), random.normal(size=30), random.normal(size=30)
+    matrix = np.eye(30) + root @ root.T - 100.0 * np.outer(normal, normal)  # definite on the plane alone
+    full = np.block([[matrix, normal[:, None]], [normal, 0.0]])
+    matvec = lambda pair: (matrix @ pair[0] + normal * pair[1], normal @ pair[0])
+    d, e = jax.jit(lambda a, b: saddle_point_solve(matvec, (a, b)))(a, jnp.asarray(0.7))
+    np.testing.assert_allclose(np.append(d, e), np.linalg.solve(full, np.append(a, 0.7)), rtol=1e-9, atol=1e-9)
+    # Flat in the plane: no strict minimum, but numbers.
+    flat = saddle_point_solve(lambda pair: (0.0 * pair[0] + normal * pair[1], normal @ pair[0]), (a, jnp.asarray(0.7)))
+    np.testing.assert_allclose(flat[0], 0.7 * normal / (normal @ normal))
 
 
 @pytest.mark.parametrize("change, message", [
