@@ -113,6 +113,44 @@ def test_value_is_the_ordinary_attack(problem):
     assert bool((result.gap < 0).all())
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_all_steps_are_done_and_the_last_point_is_looked_at(num_steps):
+    """Of a run that cannot succeed; the scan under which it is repeated is as long as that."""
+    settings = gse_jax.GSESettings(max_steps=200, phase1_steps=2)
+    x, y = jnp.full((2, 8, 8, 3), 0.5), jnp.zeros(2, jnp.int32)
+    result = gse_jax.differentiable_attack(linear(500.0), linear_logits, x, y, tradeoff=[1e-9, 0.0], num_steps=num_steps,
+                                           settings=settings, hyperparams=gse_jax.GSEHyperparams(mu=0.0, step_size=1e-3))
+    assert result.status.tolist() == [gse_jax.Status.NOT_FOUND] * 2
+    assert result.forward_evals.tolist() == [1 + num_steps, 1] and result.gradient_evals.tolist() == [num_steps, 1]
+    np.testing.assert_allclose(result.logits, linear_logits(linear(500.0), result.adversarials))
+    assert (result.adversarials[0] != x[0]).any() and (result.adversarials[1] == x[1]).all()
+
+
+def test_an_image_for_which_the_model_breaks_comes_back():
+    def apply_fn(params, x):
+        dark = x[:, 0, 0, 0] < 0.5
+        return linear_logits(params, x) + jnp.where(dark, jnp.nan, 0.0)[:, None]
+
+    x = jnp.full((2, 8, 8, 3), 0.5).at[1, 0, 0].set(0.9)
+    result = gse_jax.differentiable_attack(linear(500.0), apply_fn, x, jnp.zeros(2, jnp.int32), tradeoff=1e-9, num_steps=3)
+    assert result.status.tolist() == [gse_jax.Status.NON_FINITE, gse_jax.Status.NOT_FOUND]
+    np.testing.assert_array_equal(result.adversarials[0], x[0])
+    assert (result.adversarials[1] != x[1]).any()
+
+
+def test_boosted_runs_are_told_in_any_range():
+    """The first two trade-offs are those of boosted runs, whose steps are ten times as long."""
+    settings = gse_jax.GSESettings(num_runs=10, num_boosted_runs=3, phase1_steps=1)
+    hyperparams = gse_jax.GSEHyperparams(mu=0.0, step_size=1e-4)
+    largest = 0.5 * 1.1  # entry of the gradient, in units of images of range width 2
+    first = hyperparams.initial_fraction * gse_jax.ops.largest_active_tradeoff(np.full((8, 8, 3), largest), 1e-4)
+    result = gse_jax.differentiable_attack(
+        linear(500.0), linear_logits, jnp.full((4, 8, 8, 3), 0.5), jnp.zeros(4, jnp.int32), num_steps=1,
+        tradeoff=first * jnp.asarray([1e-7, 1e-8, 5.5e-8, 1e-3]), settings=settings, hyperparams=hyperparams)
+    size = abs(result.adversarials - 0.5).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(size / size[2], [10.0, 10.0, 1.0, 1.0], rtol=1e-3)
+
+
 def test_no_images_for_a_model_that_cannot_take_none():
     settings = gse_jax.GSESettings(max_steps=5, phase1_steps=3)
     x, y = jnp.zeros((0, 8, 8, 3)), jnp.zeros(0, jnp.int32)
