@@ -13,6 +13,7 @@ References:
 
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from gse_jax.attacks.loops import while_loop
 
@@ -31,7 +32,13 @@ def saddle_point_solve(matvec, rhs):
     Returns:
         (d [...], e []).
     """
-    return lax.custom_linear_solve(matvec, rhs, _solve, symmetric=True)
+    # One array: JAX transposes no solve of which a part of the right side is constant, as `a` is in a
+    # derivative by the last layer's bias alone.
+    joined, split = ravel_pytree(rhs)
+    return split(lax.custom_linear_solve(
+        lambda v: ravel_pytree(matvec(split(v)))[0], joined,
+        lambda product, v: ravel_pytree(_solve(lambda pair: split(product(ravel_pytree(pair)[0])), split(v)))[0],
+        symmetric=True))
 
 
 def _solve(matvec, rhs):
