@@ -259,6 +259,15 @@ def test_half_floats_keep_their_dtype():
                                    rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_over_a_depthwise_kernel_are_rounded_once(dtype):
+    random = np.random.default_rng(0)
+    x, k = (jnp.asarray(random.uniform(size=shape), dtype) for shape in ((1, 9, 9, 2), (7, 7, 1, 2)))
+    fn = convolution(feature_group_count=2)
+    exact = fn(x.astype(jnp.float32), k.astype(jnp.float32))
+    np.testing.assert_array_equal(jax.jit(canonical_convolutions(fn))(x, k), exact.astype(dtype))
+
+
 def test_works_inside_a_loop_with_traced_parameters():
     x, k = operands()
 
