@@ -80,6 +80,8 @@ def test_proposals_keep_their_promise(moves, fraction):
             kept = min(np.floor(pixels * (1 - fraction)), pixels - 1)
             assert support.sum() == max(kept, 1) or (support == (mask & blocked)).all()
             assert (support <= mask).all() and (support >= blocked).all()
+            rank = np.where(blocked, np.inf, blur(powers, 0.5))  # single pixels under half of the blur
+            assert rank[support].min() >= rank[mask & ~support].max(initial=-1.0)
         else:
             wanted = max(min(np.floor(patches * (1 - fraction)), patches - 1), 1)
             # Patches that share their most powerful pixel go together.
@@ -125,6 +127,11 @@ def test_a_step_leaves_entries_on_their_bounds_alone_and_keeps_the_caps():
     moved = np.asarray(step_to_boundary(w, gradient, 0.5, support, lower, upper, np.inf, 0.0))
     np.testing.assert_allclose(moved[:4], -0.1)
     np.testing.assert_allclose(moved[4:], -0.5 / 32)
+    mirrored = step_to_boundary(-w, -gradient, 0.5, support, lower, upper, np.inf, 0.0)
+    np.testing.assert_allclose(mirrored, -moved)
+    for margin, length in ((100.0, 3.0), (-100.0, 3.0), (8.0, 1.0)):  # the margin is not linear further out
+        far = step_to_boundary(0.0 * w, gradient, margin, support, 100.0 * lower, 100.0 * upper, np.inf, 0.0)
+        np.testing.assert_allclose(far, -np.sign(margin) * length / 8.0)
     capped = np.asarray(clip_to_caps(10.0 * moved, lower, upper, 0.3))
     assert np.sqrt((capped**2).sum()) <= 0.3 * (1 + 1e-12) and (np.abs(capped) <= 0.1).all()
 
@@ -194,6 +201,60 @@ def test_what_is_tried_next_stays_inside_the_bounds():
     highest, unit = np.float32(2.64), np.float32(0.5 * (2.64 + 2.1179))
     assert (x + unit * ((highest - x) / unit)).max() > highest
     assert (point == highest).sum() >= 32 and point.max() == highest
+
+
+@functools.cache
+def in_four(objective):
+    """The refinement in bounds of width 4, where walks differ in blur, and its compiled step."""
+    def bound(hyperparams):
+        return REFINE.bind(RefineSettings(objective, scales=(0.4, 3.0), patch_size=3), hyperparams, targeted=False,
+                           bounds=(0.0, 4.0), key=None)
+
+    return bound(RefineHyperparams()), jax.jit(lambda hyperparams, *rest: bound(hyperparams).step(*rest))
+
+
+def first_move(objective, max_l2=np.inf, max_linf=np.inf, walks=0):
+    """The image, the perturbation that is given, the margin's gradient and the logits there, what is tried, its support."""
+    random = np.random.default_rng(0)
+    x = random.uniform(1.8, 2.2, (12, 12, 1))
+    before = np.where(random.random(x.shape) < 0.3, random.uniform(0.2, 0.5, x.shape), 0.0)
+    gradient = -0.6 * before / (before**2).sum() + 0.02 * random.normal(size=x.shape)
+    logits = np.asarray([-0.1, 0.0, 0.2])
+    algorithm, step = in_four(objective)
+    state = algorithm.init(Sample(x, np.int32(0), np.int32(-1), np.int32(0), start=x + 2.0 * before))
+    state = state._replace(walk=state.walk._replace(round=jnp.asarray(walks, jnp.int32)))
+    hyperparams = RefineHyperparams(*map(np.float64, (max_l2, max_linf)))
+    state = step(jax.tree.map(np.float64, hyperparams), state, Evaluation(logits, np.float64(-0.3), gradient / 2.0))
+    return x, before, gradient, logits, (np.asarray(algorithm.query(state)) - x) / 2.0, np.asarray(state.walk.support)
+
+
+@pytest.mark.parametrize("objective, max_l2", [("patches", np.inf), ("l2", np.inf), ("l2", 1.8)])
+def test_what_is_tried_next_crosses_the_linearised_boundary(objective, max_l2):
+    """By the overshoot, by a tenth of it where only the norm shrinks; then from half of the way back."""
+    _, before, gradient, logits, w, support = first_move(objective, max_l2)
+    norm = np.linalg.norm(before)
+    assert norm > 1.8
+    only_scaled = objective == "l2" and max_l2 > norm
+    beyond = 0.25 * logits.std() * (0.1 if only_scaled else 1.0)
+    np.testing.assert_allclose(-0.3 + (gradient * (w - before)).sum(), -beyond, rtol=1e-9)
+    begin = before * (0.5 if only_scaled else min(1.0, max_l2 / norm))
+    step = ((w - begin) / gradient)[support]
+    np.testing.assert_allclose(step, step[0, 0], rtol=1e-9)
+    mask = before.any(-1)
+    assert support.all() if norm > max_l2 else (support == mask).all() if only_scaled else (support < mask).any()
+
+
+def test_supports_are_ranked_by_power_inside_the_caps_under_the_blur_of_the_walk():
+    for walks, sigma in enumerate((0.4, 3.0)):
+        x, before, gradient, _, _, support = first_move("patches", max_linf=0.6, walks=walks)
+        mask = before.any(-1)
+        powers = power(0.0, gradient, np.maximum(-x / 2, -0.6), np.minimum((4 - x) / 2, 0.6))
+        proposal = jax.jit(propose, static_argnames=("moves", "patch_size"))(
+            powers, mask, 0 * mask > 0, 0, 0.25, float(touched(mask, 3).sum()), float(mask.sum()), sigma,
+            moves=("shrink", "relocate", "thin"), patch_size=3)
+        np.testing.assert_array_equal(support, proposal.support)
+        assert walks == 0 or (support != last).any()
+        last = support
 
 
 @pytest.mark.parametrize("moved, logits, margin, slope, status", [
