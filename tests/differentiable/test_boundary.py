@@ -79,8 +79,8 @@ def test_steps_go_a_share_of_the_way_to_a_known_point():
     aside -= (aside @ slope) / (slope @ slope) * slope
     begin = np.stack([target[0] + 0.2 * aside, 0.01 * target[1], 0.5 * target[2] + 0.1 * aside])
     given = (x.reshape(3, 192) + unit * begin).reshape(x.shape)
-    for steps in (1, 3):
-        result = gse_jax.implicit_attack(params, linear_logits, x, np.zeros(3, int), adversarials=given,
+    for steps, targets in ((1, None), (3, None), (1, np.ones(3, int))):  # of two classes the other one is the target
+        result = gse_jax.implicit_attack(params, linear_logits, x, np.zeros(3, int), targets=targets, adversarials=given,
                                          num_steps=steps, damping=damping, bounds=(-8.0, 10.0))
         left = (1.0 - damping) ** steps * (begin - target)
         w = target + left

@@ -113,17 +113,19 @@ def test_value_is_the_ordinary_attack(problem):
     assert bool((result.gap < 0).all())
 
 
-@pytest.mark.parametrize("num_steps", [1, 3])
-def test_all_steps_are_done_and_the_last_point_is_looked_at(num_steps):
+@pytest.mark.parametrize("num_steps, targets", [(1, None), (3, [1, 1])])
+def test_all_steps_are_done_and_the_last_point_is_looked_at(num_steps, targets):
     """Of a run that cannot succeed; the scan under which it is repeated is as long as that."""
     settings = gse_jax.GSESettings(max_steps=200, phase1_steps=2)
     x, y = jnp.full((2, 8, 8, 3), 0.5), jnp.zeros(2, jnp.int32)
-    result = gse_jax.differentiable_attack(linear(500.0), linear_logits, x, y, tradeoff=[1e-9, 0.0], num_steps=num_steps,
-                                           settings=settings, hyperparams=gse_jax.GSEHyperparams(mu=0.0, step_size=1e-3))
+    result = gse_jax.differentiable_attack(linear(500.0), linear_logits, x, y, targets=targets, tradeoff=[1e-9, 0.0],
+                                           num_steps=num_steps, settings=settings,
+                                           hyperparams=gse_jax.GSEHyperparams(mu=0.0, step_size=1e-3))
     assert result.status.tolist() == [gse_jax.Status.NOT_FOUND] * 2
     assert result.forward_evals.tolist() == [1 + num_steps, 1] and result.gradient_evals.tolist() == [num_steps, 1]
     np.testing.assert_allclose(result.logits, linear_logits(linear(500.0), result.adversarials))
-    assert (result.adversarials[0] != x[0]).any() and (result.adversarials[1] == x[1]).all()
+    np.testing.assert_allclose(result.gap, result.logits[:, 0] - result.logits[:, 1])
+    assert result.gap[0] < result.gap[1] and (result.adversarials[1] == x[1]).all()
 
 
 def test_an_image_for_which_the_model_breaks_comes_back():
