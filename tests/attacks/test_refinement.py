@@ -216,7 +216,7 @@ def in_four(objective):
 def first_move(objective, max_l2=np.inf, max_linf=np.inf, walks=0):
     """The image, the perturbation that is given, the margin's gradient and the logits there, what is tried, its support."""
     random = np.random.default_rng(0)
-    x = random.uniform(1.8, 2.2, (12, 12, 1))
+    x = random.uniform(0.5, 1.5, (12, 12, 1))
     before = np.where(random.random(x.shape) < 0.3, random.uniform(0.2, 0.5, x.shape), 0.0)
     gradient = -0.6 * before / (before**2).sum() + 0.02 * random.normal(size=x.shape)
     logits = np.asarray([-0.1, 0.0, 0.2])
