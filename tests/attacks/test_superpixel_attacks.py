@@ -15,7 +15,7 @@ from gse_jax.attacks.baselines import perturbation_factorization as sapf
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
 from gse_jax.attacks.baselines.homotopy import HomotopySettings
 from gse_jax.attacks.baselines.weight_search import next_weight
-from gse_jax.attacks.segmentation import slic_segments
+from gse_jax.attacks.segmentation import segments_of, slic_segments
 from tests.toy_model import linear_logits, states_over, toy
 
 SHORT = sapf.SAPFSettings(num_pixels=40, num_searches=2, rounds=1, magnitude_steps=6,
@@ -202,6 +202,24 @@ def test_superpixels_reach_the_attack_on_every_way():
                                  dtype=x.dtype, lanes=1, **options):
         np.testing.assert_allclose(stretch.outcome.adversarials,
                                    expected.adversarials[stretch.sample_ids], atol=1e-9)
+
+
+def test_superpixels_are_those_of_the_image_in_the_unit_range_and_blurred_where_asked(monkeypatch):
+    images, seen = np.asarray(smooth_images(2)), []
+    method = METHODS["homotopy"]._replace(segment=lambda settings, images: seen.append(images) or np.zeros(images.shape[:3]))
+    for low, high in ((0.0, 1.0), (-2.1, 2.6)):
+        segments_of(method, None, low + (high - low) * images, (low, high))
+        np.testing.assert_allclose(seen[-1], images)
+    blurs = []
+
+    def slic(image, **options):
+        blurs.append(options["sigma"])
+        return np.zeros(image.shape[:2], int)
+
+    monkeypatch.setattr("skimage.segmentation.slic", slic)
+    slic_segments(images, 4, blur=0.5)
+    slic_segments(images[:1], 4)
+    assert blurs == [0.5, 0.5, 0.0]
 
 
 def test_methods_without_superpixels_carry_none_along():
