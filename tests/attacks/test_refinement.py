@@ -277,6 +277,19 @@ def test_a_given_image_is_believed_as_far_as_the_model_confirms_it(moved, logits
         np.testing.assert_array_equal(outcome.adversarials, given)
 
 
+@pytest.mark.parametrize("targeted, told", [
+    (True, [([1, 0.5, 3], -2, -1), ([1, 5, 3], 2, Status.NOT_FOUND)]),
+    (False, [([1, 5, 3], -4, -1), ([4, 0.5, 3], 1, Status.NOT_FOUND)])])
+def test_the_margin_is_that_of_the_target_or_of_the_label(targeted, told):
+    algorithm = REFINE.bind(RefineSettings("l2"), RefineHyperparams(), targeted=targeted, bounds=BOUNDS, key=None)
+    x, step = np.zeros((8, 8, 1)), jax.jit(algorithm.step)
+    state = algorithm.init(Sample(x, np.int32(0), np.int32(2), np.int32(0), start=x + 0.5))
+    for logits, margin, status in told:
+        logits = np.asarray(logits, float)
+        assert float(algorithm.loss(state, logits)) == margin
+        assert int(step(state, Evaluation(logits, np.float64(margin), np.ones_like(x))).status) == status
+
+
 @pytest.mark.parametrize("new, old, better", [
     ((0, 9, 1, 9, 2), (0, 9, 1, 9, 2), False), ((0, 9, 1, 8, 3), (0, 9, 1, 9, 2), True),
     ((0, 9, 1, 9, 3), (0, 9, 1, 9, 2), False),
