@@ -129,7 +129,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None, start=None) -> Al
 
         # How did the run end, if it did?
         # At an image that is not changed only rounding turns the prediction.
-        succeeded = ~clean & adversarial & finite & jnp.any(point(state) != x)
+        succeeded = ~clean & adversarial & jnp.any(point(state) != x)
         hopeless, checkpoint = _judged(state, evaluation.loss, settings)
         failed = ~clean & ~succeeded & ((state.iterate.step == settings.max_steps) | hopeless)
         patches = count_patches(jnp.any(state.iterate.w != 0.0, axis=-1), settings.patch_size)

@@ -121,12 +121,12 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
 
     def step(state: GSERefinedState, evaluation: Evaluation) -> GSERefinedState:
         searched, refined = first.step(state.gse, evaluation), then.step(state.refinement, evaluation)
-        found = searched.search.found & (searched.status != Status.NON_FINITE)
+        found = searched.search.found
         left = budget - searched.gradient_evals
         # The last evaluation goes to the refinement, which knows whether the caps are kept.
         enough = first.done(searched) | (searched.search.run >= settings.search_runs) | (left <= 1)
         begins = ~state.refining & enough & found
-        gives_up = ~found & (left <= 0) & ~first.done(searched)
+        gives_up = ~found & (left <= 0)
         searched = searched._replace(
             status=jnp.where(gives_up, Status.NOT_FOUND, searched.status).astype(jnp.int32))
         begun = refinement.start(state.gse.sample, searched.best, left)
