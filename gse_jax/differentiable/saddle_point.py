@@ -32,8 +32,8 @@ def saddle_point_solve(matvec, rhs):
     Returns:
         (d [...], e []).
     """
-    # One array: JAX transposes no solve of which a part of the right side is constant, as `a` is in a
-    # derivative by the last layer's bias alone.
+    # One array: JAX transposes no solve of which a part of the right side is constant. So is `a` where what is
+    # differentiated moves no slope: the images alone of a network of ReLUs, or the last bias alone.
     joined, split = ravel_pytree(rhs)
     return split(lax.custom_linear_solve(
         lambda v: ravel_pytree(matvec(split(v)))[0], joined,

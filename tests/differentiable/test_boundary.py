@@ -206,19 +206,22 @@ def test_a_point_beyond_a_bound_is_not_trusted(sign):
     np.testing.assert_allclose(result.residual, 0.5)
 
 
-def test_derivative_by_a_bias_alone_and_where_the_model_has_no_slope():
-    """Of the linear system's right side the one part is constant, for the bias does not change the slope."""
+def test_derivatives_by_what_does_not_change_the_slope_and_where_there_is_none():
+    """By the last bias alone, or by the images alone of a piecewise linear model: a part of the system is constant."""
     kernel = jnp.zeros((192, 2)).at[:3, 0].set(1.0)
     x = jnp.zeros((2, 8, 8, 3))
     given = x.at[0, 0, 0].set(-0.5).at[1, 4, 4].set(0.5)
 
-    def distance(bias):
+    def distance(bias, x):
         result = gse_jax.implicit_attack((kernel, bias), linear_logits, x, jnp.zeros(2, int), adversarials=given,
                                          bounds=BOUNDS)
         return result.distance.sum(), result
 
-    slope, result = jax.grad(distance, has_aux=True)(jnp.asarray([2.0, 0.0]))
+    bias = jnp.asarray([2.0, 0.0])
+    slope, result = jax.grad(distance, has_aux=True)(bias, x)
     np.testing.assert_allclose(slope, np.asarray([1.0, -1.0]) / np.sqrt(3.0))
+    by_image = jax.jit(jax.grad(distance, 1, has_aux=True))(bias, x)[0]
+    np.testing.assert_allclose(by_image[0].reshape(-1), kernel[:, 0] / np.sqrt(3.0))
     np.testing.assert_allclose(result.distance, [2.0 / np.sqrt(3.0), 0.5 * np.sqrt(3.0)])
     np.testing.assert_array_equal(result.adversarials[1], given[1])  # without a slope the given point stays
     assert float(result.multiplier[1]) == 0.0 and float(result.residual[1]) == 2.0
