@@ -31,6 +31,11 @@ def test_widths_on_accelerators(unfinished, width, num_devices, expected):
     assert tail_width(unfinished, width, num_devices, "gpu", narrowest=64) == expected
 
 
+@pytest.mark.parametrize("unfinished,narrow,expected", [(64, 8, 24), (65, 8, 240), (3, 80, 240), (18, 1, 8), (19, 1, 240)])
+def test_parking_places_suffice_for_all_that_has_no_lane(unfinished, narrow, expected):
+    assert next_places(unfinished, 80, narrow, parked_places(80), 2) == expected
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_nothing_is_lost_until_all_are_done(platform, xp):

@@ -73,7 +73,7 @@ CASES = {
     "wrong order": (dict(params=linear_logits, apply_fn=PARAMS), TypeError, "apply_fn .*order"),
     "model fails": (dict(x=X[:, :9]), ValueError, "apply_fn.* failed"),
     "bounds swapped": (dict(bounds=(1.0, 0.0)), ValueError, "bounds"),
-    "seed beyond 32 bits": (dict(key=2**32 + 1), ValueError, "key must be from 0 to"),
+    "seed beyond 32 bits": (dict(key=2**32), ValueError, "key must be from 0 to"),
     "bounds equal": (dict(x=X * 0, bounds=(0.0, 0.0)), ValueError, "bounds must be .* low < high"),
     "bounds infinite": (dict(bounds=(0.0, np.inf)), ValueError, "bounds must be .* low < high"),
     "bounds scalar": (dict(bounds=1.0), ValueError, "bounds"),
