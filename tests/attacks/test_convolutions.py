@@ -266,6 +266,10 @@ def test_sums_over_a_depthwise_kernel_are_rounded_once(dtype):
     fn = convolution(feature_group_count=2)
     exact = fn(x.astype(jnp.float32), k.astype(jnp.float32))
     np.testing.assert_array_equal(jax.jit(canonical_convolutions(fn))(x, k), exact.astype(dtype))
+    for groups in (1, 2):  # in more digits where the model asks for them
+        more = convolution(feature_group_count=groups, preferred_element_type=jnp.float32)
+        kernel = k if groups == 2 else jnp.concatenate([k, k], 2)
+        assert_close(jax.jit(canonical_convolutions(more))(x, kernel), jax.jit(more)(x, kernel))
 
 
 def test_works_inside_a_loop_with_traced_parameters():
