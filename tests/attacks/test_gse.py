@@ -114,8 +114,7 @@ class Plain:
 RUNS = ((0.1, 0.01, 0.25, FINE), (0.0, 0.3, 0.25, FINE), (0.3, 50.0, 0.25, FINE), (0.05, 0.3, 0.5, IN_LOGITS),
         (0.1, 0.01, 1.5, IN_LOSS), (0.5, 0.1, 0.25, IN_GRADIENT), (0.5, 0.1, 0.5, IN_GRADIENT),
         (0.0, 3.0, 1.5, FINE), (0.2, 0.02, 0.25, IN_GRADIENT), (0.5, 1e9, 0.25, FINE), (0.3, 1.5e4, 0.25, FINE),
-        (0.05, 0.5, 0.9, FINE),
-        (None, 0.01, 0.25, FINE))
+        (0.05, 0.5, 0.9, FINE), (None, 0.01, 0.25, FINE))
 
 
 @pytest.mark.parametrize("phase1, window, boosted", [(4, 0, 2), (0, 0, 3), (2, 2, 0)])

@@ -58,9 +58,10 @@ def test_one_after_the_other(parts, budget, search_runs):
             fooled = share is None or (number and random.random() < share)
             margin = -0.3 if fooled else 0.2 + random.random()
             logits = np.asarray([margin, 0.0, -1.0])
-            assert float(both.loss(state, logits)) == float(part.loss(now, logits)) == (margin if walking else max(margin, 0))
+            loss = float(part.loss(now, logits))
+            assert float(both.loss(state, logits)) == loss == (margin if walking else max(margin, 0))
             poison = np.nan if number >= broken else 0.0
-            evaluation = Evaluation(logits + poison, np.float64(part.loss(now, logits)) + poison, random.normal(size=x.shape))
+            evaluation = Evaluation(logits + poison, np.float64(loss) + poison, random.normal(size=x.shape))
             state, number = both.step(state, evaluation), number + 1
             now = part.step(now, evaluation)
             if walking:

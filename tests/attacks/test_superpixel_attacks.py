@@ -206,7 +206,8 @@ def test_superpixels_reach_the_attack_on_every_way():
 
 def test_superpixels_are_those_of_the_image_in_the_unit_range_and_blurred_where_asked(monkeypatch):
     images, seen = np.asarray(smooth_images(2)), []
-    method = METHODS["homotopy"]._replace(segment=lambda settings, images: seen.append(images) or np.zeros(images.shape[:3]))
+    noted = lambda settings, images: seen.append(images) or np.zeros(images.shape[:3])
+    method = METHODS["homotopy"]._replace(segment=noted)
     for low, high in ((0.0, 1.0), (-2.1, 2.6)):
         segments_of(method, None, low + (high - low) * images, (low, high))
         np.testing.assert_allclose(seen[-1], images)

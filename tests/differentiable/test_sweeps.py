@@ -90,7 +90,8 @@ def test_a_sweep_aims_at_the_targets_and_the_last_axis_of_a_grid_varies_fastest(
 
     def attack(params, apply_fn, x, y, *, settings, targets, hyperparams, bounds):
         told = y if targets is None else targets
-        return gse_jax.AttackResult(x + 0.1 * hyperparams.mu, told >= 0, 0 * told, told, told, hyperparams.q * jnp.ones(3))
+        return gse_jax.AttackResult(x + 0.1 * hyperparams.mu, told >= 0, 0 * told, told, told,
+                                    hyperparams.q * jnp.ones(3))
 
     monkeypatch.setattr(sweeps, "attack", attack)
     grid = differentiable.hyperparam_grid(gse_jax.GSEHyperparams(), q=[0.25, 0.5], mu=[1.0, 2.0, 3.0])

@@ -134,7 +134,8 @@ def test_an_image_for_which_the_model_breaks_comes_back():
         return linear_logits(params, x) + jnp.where(dark, jnp.nan, 0.0)[:, None]
 
     x = jnp.full((2, 8, 8, 3), 0.5).at[1, 0, 0].set(0.9)
-    result = gse_jax.differentiable_attack(linear(500.0), apply_fn, x, jnp.zeros(2, jnp.int32), tradeoff=1e-9, num_steps=3)
+    result = gse_jax.differentiable_attack(linear(500.0), apply_fn, x, jnp.zeros(2, jnp.int32), tradeoff=1e-9,
+                                           num_steps=3)
     assert result.status.tolist() == [gse_jax.Status.NON_FINITE, gse_jax.Status.NOT_FOUND]
     np.testing.assert_array_equal(result.adversarials[0], x[0])
     assert (result.adversarials[1] != x[1]).any()
