@@ -382,11 +382,19 @@ def test_wrong_configurations_are_refused_in_one_line(method):
     ("saif", {"halvings": 25}, "settings.halvings=25 must be at most 24"),
     ("sparse_pgd", {"pattern": ((2, 0), (0, -1))}, "rows of 0 and 1"),
     ("sparse_pgd", {"pattern": ((1, 1), (1,))}, "of one length"),
-    ("sparse_pgd", {"pattern": ((0, 0),)}, "with a 1"), ("sparse_pgd", {"pattern": (1, 1)}, "rows of 0 and 1")])
+    ("sparse_pgd", {"pattern": ((0, 0),)}, "with a 1"), ("sparse_pgd", {"pattern": (1, 1)}, "rows of 0 and 1"),
+    ("gse_refined", {"scales": (1.0, 0.0)}, "must hold positive numbers"),
+    ("gse_refined", {"scales": ()}, "must hold positive numbers"),
+    ("gse_refined", {"patience": 1.5}, "patience=1.5 must be > 0 and <= 1"),
+    ("gse_refined", {"overshoot": 0.0}, "overshoot=0 must")])
 def test_impossible_settings_are_refused_in_one_line(method, change, words):
     settings, hyperparams = gse_jax.preset(method, "cifar10")
+    if set(change) <= set(hyperparams._fields):
+        hyperparams = hyperparams._replace(**change)
+    else:
+        settings = dataclasses.replace(settings, **change)
     with pytest.raises(ValueError, match=words) as error:
-        METHODS[method].check(dataclasses.replace(settings, **change), hyperparams, (32, 32, 3))
+        METHODS[method].check(settings, hyperparams, (32, 32, 3))
     assert "\n" not in str(error.value)
 
 
