@@ -44,7 +44,8 @@ def efficiency():
             "wall time, after compilation; of several runs the median, the lowest and the highest. The second efficiency "
             "is against the model as it runs in the attack, in a compiled loop with the gradients of convolutions "
             "rewritten. Both bare models are timed all along: where their times differ from row to row, the machine was "
-            "faster or slower. 'Lanes' are those asked for; of few images a CPU works on fewer at a time. 'Not used' "
+            "faster or slower. 'Lanes' are those asked for, of all devices together (`--lanes` counts them per device); of few images a "
+            "CPU works on fewer at a time. 'Not used' "
             "are the model's evaluations in idle lanes, and the last forward pass of "
             "each run, whose gradient nobody needs."]
 

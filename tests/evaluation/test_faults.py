@@ -195,7 +195,8 @@ def test_out_of_memory_halves_the_lanes_and_loses_nothing(whole, tmp_path, monke
     (4096, 8, None, None), (64, 1, None, None)])  # more than the default
 def test_remembered_lanes_are_those_of_a_device(tmp_path, monkeypatch, lanes, devices, wish, expected):
     event = {"event": "out_of_memory", "lanes": lanes, "devices": devices, "device_kind": "cpu"}
-    monkeypatch.setattr(evaluator, "open_run", lambda _: types.SimpleNamespace(events=[event]))
+    other = event | {"lanes": 1, "device_kind": "another"}
+    monkeypatch.setattr(evaluator, "open_run", lambda _: types.SimpleNamespace(events=[event, other]))
     assert evaluator._remembered_lanes(tmp_path, "cpu", wish, (32, 32, 3)) == expected
 
 
