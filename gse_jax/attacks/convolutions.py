@@ -3,7 +3,7 @@
 XLA:CPU brings a convolution into its fast canonical form (NHWC images, HWIO kernel, no input
 dilation) only in the entry computation of a program, not in the body of a loop. The gradient by
 the input, which has a reversed kernel with swapped feature axes and, for strides, a dilated input,
-was measured up to 41 times slower there, 20 times for 3 x 3 (`benchmarks/loop_cost.py`).
+was measured up to 36 times slower there, 19 times for 3 x 3 (`benchmarks/loop_cost.py`).
 `canonical_convolutions` writes that form down explicitly: the function is traced, and every
 convolution is evaluated as transpose, canonical convolution, transpose, without the pixels that a
 stride skips under a kernel of one pixel and without the zeros of an input dilation. Values change by rounding only. The smallest kernels (three features to three, 3 x 3) are
