@@ -442,7 +442,7 @@ def test_a_shorter_norm_is_tried_ever_closer_to_what_failed():
 
     share = [float(jnp.linalg.norm(attack.query(jax.tree.map(lambda a: a[0], state)) - x) / jnp.linalg.norm(given - x))
              for state in states_over(attack, only_given, samples, 24)]
-    assert min(share) < 0.51 and 0.98 < max(share) < 1.0
+    assert min(share) < 0.76 and 0.98 < max(share) < 1.0
 
 
 @pytest.mark.slow

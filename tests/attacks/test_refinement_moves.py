@@ -40,18 +40,56 @@ def first_move(objective, max_l2=np.inf, max_linf=np.inf, walks=0):
 
 @pytest.mark.parametrize("objective, max_l2", [("patches", np.inf), ("l2", np.inf), ("l2", 1.8)])
 def test_what_is_tried_next_crosses_the_linearised_boundary(objective, max_l2):
-    """By the overshoot, by a tenth of it where only the norm shrinks; then from half of the way back."""
+    """By the overshoot, by a tenth of it where only the norm shrinks; then from a quarter of the way back."""
     _, before, gradient, logits, w, support = first_move(objective, max_l2)
     norm = np.linalg.norm(before)
     assert norm > 1.8
     only_scaled = objective == "l2" and max_l2 > norm
     beyond = 0.25 * logits.std() * (0.1 if only_scaled else 1.0)
     np.testing.assert_allclose(-0.3 + (gradient * (w - before)).sum(), -beyond, rtol=1e-9)
-    begin = before * (0.5 if only_scaled else min(1.0, max_l2 / norm))
+    begin = before * (0.75 if only_scaled else min(1.0, max_l2 / norm))
     step = ((w - begin) / gradient)[support]
     np.testing.assert_allclose(step, step[0, 0], rtol=1e-9)
     mask = before.any(-1)
     assert support.all() if norm > max_l2 else (support == mask).all() if only_scaled else (support < mask).any()
+
+
+def test_a_norm_is_pulled_back_once_and_then_repaired_where_it_stands():
+    """Pulled back in every repair, what steps of limited length gain is lost again."""
+    random = np.random.default_rng(1)
+    x, before = np.full((12, 12, 1), 2.0), random.uniform(0.2, 0.5, (12, 12, 1))
+    algorithm, step = in_four("l2")
+    hyperparams = jax.tree.map(np.float64, RefineHyperparams())
+    state = algorithm.init(Sample(x, np.int32(0), np.int32(-1), np.int32(0), start=x + 2.0 * before))
+    gradient, logits = random.normal(size=x.shape), np.asarray([-0.1, 0.0, 0.2])
+    state = step(hyperparams, state, Evaluation(logits, np.float64(-0.3), gradient / 2.0))
+    w = (np.asarray(algorithm.query(state)) - x) / 2.0
+    state = step(hyperparams, state, Evaluation(-logits, np.float64(0.1), gradient / 2.0))  # not adversarial
+    moved = (np.asarray(algorithm.query(state)) - x) / 2.0 - w
+    np.testing.assert_allclose(moved / gradient, (moved / gradient)[0, 0, 0], rtol=1e-7)
+    assert (gradient * moved).sum() < -0.1
+
+
+def test_equal_logits_are_crossed_by_more_than_they_are_rounded():
+    """Of two classes the logits are equal at the boundary: their deviation says nothing."""
+    x, before = np.full((12, 12, 1), 2.0), np.full((12, 12, 1), 0.3)
+    algorithm, step = in_four("l2")
+    hyperparams = jax.tree.map(np.float64, RefineHyperparams())
+    state = algorithm.init(Sample(x, np.int32(0), np.int32(-1), np.int32(0), start=x + 2.0 * before))
+    gradient = np.random.default_rng(2).normal(size=x.shape)
+    state = step(hyperparams, state, Evaluation(np.asarray([-1e6, 1e-9 - 1e6]), np.float64(-0.3), gradient / 2.0))
+    w = (np.asarray(algorithm.query(state)) - x) / 2.0
+    np.testing.assert_allclose((gradient * (w - before)).sum() - 0.3, -16 * np.finfo(float).eps * 1e6, rtol=1e-4)
+
+
+def test_single_pixels_are_ranked_nearly_without_blur_where_they_alone_count():
+    x, before, gradient, _, _, support = first_move("pixels", walks=1)
+    mask, powers = before.any(-1), power(0.0, gradient, -x / 2, (4 - x) / 2)
+    thinned = [np.asarray(propose(
+        powers, mask, 0 * mask > 0, 0, 0.25, float(ops.count_patches(mask, 3)), float(mask.sum()), 3.0,
+        moves=("thin", "shrink"), patch_size=3, thin_blur=share).support) for share in (0.17, 0.5)]
+    np.testing.assert_array_equal(support, thinned[0])
+    assert (thinned[0] != thinned[1]).any()
 
 
 def test_supports_are_ranked_by_power_inside_the_caps_under_the_blur_of_the_walk():

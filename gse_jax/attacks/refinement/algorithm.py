@@ -36,6 +36,10 @@ _FIRST_FRACTION = 0.25  # of the patches or pixels that a walk's first proposal 
 _LATER_FRACTION = 0.1  # the same when another move takes over
 _LARGEST_FRACTION = 0.5
 _BOLDER, _SHYER = 1.5, 0.5  # factors on the fraction after a success and after a failure
+_LEAST_SHORTER = 0.02  # share of what "scale" proposes to shorten the norm by that counts as a success
+_DIGITS = 16.0  # of the rounding of the logits, that a step goes beyond the boundary at least
+# Share of the blur under which single pixels are ranked; where they alone count, hardly any.
+_THIN_BLUR, _THIN_BLUR_FOR_PIXELS = 0.5, 0.17
 _PATIENT_STEPS = 3  # gradient steps after which `patience` judges
 _CLUSTER_COSTS = 8.0  # patches that a proposal must save for each cluster that it adds, see `_precedes`
 
@@ -166,6 +170,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
     low, high = bounds
     unit = 0.5 * (high - low)  # lengths are in units of images of range width 2
     moves = moves_of(settings)
+    thin_blur = _THIN_BLUR_FOR_PIXELS if settings.objective == "pixels" else _THIN_BLUR
     # Only supports depend on the scale of the blur.
     scales = settings.scales if {"shrink", "relocate", "thin"} & set(moves) else (1.0,)
 
@@ -238,24 +243,26 @@ def bind(settings, hyperparams, *, targeted, bounds, key=None) -> Algorithm:
         proposal = propose(
             power(0.0, current.gradient, lower, upper), mask, walk.blocked, walk.move,
             walk.fraction, current.score[PATCHES], current.score[PIXELS], sigma, moves=moves,
-            patch_size=settings.patch_size)
+            patch_size=settings.patch_size, thin_blur=thin_blur)
         # An image beyond the caps is first pulled inside, wherever in the image that succeeds.
         outside = current.score[EXCESS] > 0.0
         support = jnp.where(anew, outside | proposal.support, walk.support)
         given_up = jnp.where(anew, proposal.given_up, walk.given_up)
         is_scale = jnp.asarray([m == "scale" for m in moves])[walk.move] & ~outside
         radius = jnp.minimum(hyperparams.max_l2, jnp.where(
-            is_scale, current.score[L2] * (1.0 - walk.fraction), jnp.inf))
+            is_scale, current.score[L2] * (1.0 - _LEAST_SHORTER * walk.fraction), jnp.inf))
 
         base = select(anew, current, here)
         before = (base.image - x) / unit
-        # To shorten the norm on the same support: part of the way back, half of it at most, then the shortest
-        # step to the boundary, and hardly beyond it. Less after failures, for the margin is not linear.
-        back = jnp.where(is_scale, jnp.maximum(1.0 - 2.0 * walk.fraction, 0.5), 1.0)
+        # To shorten the norm on the same support: part of the way back, once, then the shortest steps to the
+        # boundary, and hardly beyond it. Less after failures, for the margin is not linear.
+        back = jnp.where(is_scale & anew, 1.0 - walk.fraction, 1.0)
         w = clip_to_caps(back * before, lower, upper, radius)
         off = jnp.where(support[..., None], w, 0.0) - before
         margin = base.margin + jnp.sum(base.gradient * off)
         beyond = hyperparams.overshoot * jnp.std(evaluation.logits) * jnp.where(is_scale, 0.1, 1.0)
+        # Two logits are equal at the boundary, and their deviation is 0 there.
+        beyond = jnp.maximum(beyond, _DIGITS * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(evaluation.logits)))
         w = step_to_boundary(w, base.gradient, margin, support, lower, upper, radius, beyond, last_digit(x, low, high))
         point = jnp.clip(x + unit * w, low, high)
         return state._replace(walk=walk._replace(point=point, support=support, given_up=given_up))

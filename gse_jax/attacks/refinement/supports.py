@@ -70,7 +70,7 @@ def _blurred(values, sigma):
 
 
 def propose(powers, mask, blocked, move, fraction, num_patches, num_pixels, sigma, *,
-            moves: tuple[str, ...], patch_size: int) -> Proposal:
+            moves: tuple[str, ...], patch_size: int, thin_blur: float = 0.5) -> Proposal:
     """Return the support that a move tries next.
 
     Args:
@@ -85,6 +85,7 @@ def propose(powers, mask, blocked, move, fraction, num_patches, num_pixels, sigm
         moves: names: "shrink" (fewer patches inside the closed support), "relocate" (fewer
             patches, near it), "thin" (fewer pixels), "scale" (the same support).
         patch_size: side of the patches.
+        thin_blur: share of `sigma` under which "thin" ranks single pixels.
 
     Returns:
         Proposal.
@@ -93,7 +94,7 @@ def propose(powers, mask, blocked, move, fraction, num_patches, num_pixels, sigm
     thin, relocate, scale = is_move("thin"), is_move("relocate"), is_move("scale")
     closed = close_patches(mask, patch_size)
     # Single pixels are ranked with little blur: the scale is about the shape of groups.
-    blurred = _blurred(powers, jnp.where(thin, 0.5 * sigma, sigma))
+    blurred = _blurred(powers, jnp.where(thin, thin_blur * sigma, sigma))
     near = dilate(closed, 2 * _REACH + 1) & ~blocked
     allowed = jnp.where(thin | scale, mask, jnp.where(relocate, near, closed))
     # Ranks must stay above those of pixels outside; powers are >= 0.
