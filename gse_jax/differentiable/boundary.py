@@ -66,7 +66,7 @@ class BoundaryResult:
     Attributes:
         adversarials: [N, H, W, C] points on the boundary, in the caller's bounds: a tie of two
             classes, so not counted as successes. The clean image where there is no support, the
-            given one where all that changed lies on `bounds`.
+            given one where all that changed lies on `bounds` or the iteration left the finite numbers.
         distance: [N] l2 norm of the perturbation in [-1, 1] units, the margin that MMA training
             maximises.
         multiplier: [N] nu in the optimality conditions.
@@ -240,4 +240,8 @@ def _iterate(value_and_normal, project, violation, start, num_steps):
 
     # The margin is carried: the condition and the next step look at the same point.
     carry = start, value_and_normal(start[0]), jnp.zeros((), jnp.int32)
-    return while_loop(keep_going, body, carry)[0]
+    found, margin_there, _ = while_loop(keep_going, body, carry)
+    # From a flat place a step may go so far that the model overflows. There NaN would come into the derivatives
+    # by `params` of all images, so the start is returned.
+    finite = jnp.isfinite(violation(found, *margin_there))
+    return jax.tree.map(functools.partial(jnp.where, finite), found, start)

@@ -47,6 +47,26 @@ def test_an_image_without_any_gradient_spoils_no_other():
     assert np.isfinite(value) and np.isfinite(slope)
 
 
+def test_an_image_that_runs_away_spoils_no_other():
+    """A step from a flat place goes where the model overflows: its residual is large, and nothing is NaN."""
+    def logits(params, x):
+        score = params * x.reshape(x.shape[0], -1).sum(-1)
+        return jnp.stack([jnp.tanh(score) + 0.0 * score**40, jnp.zeros_like(score)], 1)
+
+    x = jnp.full((2, 8, 8, 3), 0.5 / 192)
+    given = x.at[0, 0, 0, 0].add(-0.6).at[1, :, :, 0].add(-0.25)
+
+    def distance(params):
+        result = gse_jax.implicit_attack(params, logits, x, jnp.zeros(2, int), adversarials=given, bounds=BOUNDS)
+        return jnp.where(result.residual < 1e-8, result.distance, 0.0).sum(), result
+
+    slope, result = jax.grad(distance, has_aux=True)(1.0)
+    assert result.residual[0] < 1e-8 < result.residual[1] < np.inf
+    np.testing.assert_array_equal(result.adversarials[1], given[1])
+    np.testing.assert_allclose(result.distance[0], 0.5 / np.sqrt(3.0))
+    np.testing.assert_allclose(slope, 0.0, atol=1e-9)  # the boundary does not move
+
+
 def test_linear_model_has_the_known_solution():
     kernel = jax.random.normal(jax.random.key(0), (192, 3), jnp.float64)
     params = kernel, jnp.asarray([4.0, 0.0, -4.0])
