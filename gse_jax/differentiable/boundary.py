@@ -71,7 +71,7 @@ class BoundaryResult:
             maximises.
         multiplier: [N] nu in the optimality conditions.
         residual: [N] largest violation of the optimality conditions, in logits and [-1, 1] units,
-            and of `bounds`; infinite where no entry is free to move. Trust derivatives where it is
+            and of `bounds`; infinite where no entry is free to move or the model gave NaN. Trust derivatives where it is
             small, say 1e-8 in float64 and 1e-4 in float32. They are those of the closest point
             among the points that share the given entries on `bounds`: whether such an entry had
             better leave its bound is not asked.
@@ -130,6 +130,9 @@ def implicit_attack(
     Raises:
         TypeError: for a wrong dtype or type of an argument.
         ValueError: for a wrong shape, range or name; in one line, before anything compiles.
+
+    A model that gives NaN for an image makes the derivatives by `params`, and by that image, NaN, whatever the
+    weight of that image is.
 
     References:
         See the module docstring.
@@ -222,7 +225,8 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
     outside = jnp.max(jnp.where(free, jnp.maximum(low - image, image - high), 0.0)) / scale
     residual = jnp.maximum(violation((w, multiplier), *value_and_normal(w)), outside)
     total = (image - x) / scale
-    return image, total, multiplier, lax.stop_gradient(jnp.where(solvable, residual, jnp.inf))
+    trusted = solvable & jnp.isfinite(residual)
+    return image, total, multiplier, lax.stop_gradient(jnp.where(trusted, residual, jnp.inf))
 
 
 def _iterate(value_and_normal, project, violation, start, num_steps):

@@ -67,6 +67,17 @@ def test_an_image_that_runs_away_spoils_no_other():
     np.testing.assert_allclose(slope, 0.0, atol=1e-9)  # the boundary does not move
 
 
+def test_an_image_for_which_the_model_breaks_is_not_trusted():
+    def logits(params, x):
+        score = params * x.reshape(x.shape[0], -1).sum(-1)
+        return jnp.stack([jnp.where(x[:, 0, 0, 0] > 0.9, jnp.nan, score), jnp.zeros_like(score)], 1)
+
+    x = jnp.full((2, 8, 8, 3), 0.5 / 192)
+    given = x.at[0, 0, 0, 0].add(-0.6).at[1, 0, 0, 0].set(0.95)
+    result = gse_jax.implicit_attack(1.0, logits, x, jnp.zeros(2, int), adversarials=given, bounds=BOUNDS)
+    assert result.residual[0] < 1e-8 and result.residual[1] == np.inf
+
+
 def test_linear_model_has_the_known_solution():
     kernel = jax.random.normal(jax.random.key(0), (192, 3), jnp.float64)
     params = kernel, jnp.asarray([4.0, 0.0, -4.0])
