@@ -282,7 +282,7 @@ def active_superpixels(x, adversarials, label_map, *, num_groups=None):
         if num_groups is None:
             raise ValueError("num_groups must be given when label_map is traced")
     else:
-        largest = int(np.max(label_map, initial=-1))
+        largest = int(np.max(label_map)) if label_map.size else -1
         num_groups = largest + 1 if num_groups is None else num_groups
         if largest >= num_groups:
             raise ValueError(f"label_map holds label {largest}, but num_groups is {num_groups}")
@@ -293,7 +293,8 @@ def active_superpixels(x, adversarials, label_map, *, num_groups=None):
 def _count_groups(mask, label_map, num_groups):
     def count(one_mask, one_labels):
         # JAX wraps negative indices around; one past the end is dropped instead.
-        index = jnp.where(one_mask & (one_labels >= 0), one_labels, num_groups)
+        # As int32: num_groups would wrap around in the few bits of some label maps.
+        index = jnp.where(one_mask & (one_labels >= 0), one_labels.astype(jnp.int32), num_groups)
         hit = jnp.zeros((num_groups,), bool).at[index.reshape(-1)].set(True, mode="drop")
         return jnp.sum(hit, dtype=jnp.int32)
 

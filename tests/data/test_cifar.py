@@ -100,6 +100,18 @@ def test_the_two_archives_are_not_taken_for_each_other(tmp_path):
         data.prepare_cifar("cifar1", archive, tmp_path / "out.npz")
 
 
+def test_an_archive_with_other_names_or_a_folder_for_a_file(tmp_path):
+    archive = write(tmp_path / "a.tar.gz", {"test_batch.bin": records(slice(15, 18)), "batches.meta.txt": b"cat\ndog"})
+    dataset = data.load(f"cifar10:{archive}")
+    assert dataset.class_names == () and np.array_equal(dataset.labels, LABELS[15:])
+    with tarfile.open(archive, "w:gz") as tar:
+        folder = tarfile.TarInfo("test_batch.bin")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    with pytest.raises(ValueError, match="holds no test_batch.bin"):
+        data.load(f"cifar10:{archive}")
+
+
 def test_images_stay_in_eight_bits_until_they_are_asked_for(tmp_path):
     official(tmp_path / "a.tar.gz")
     source = data.open_source(f"cifar10:{tmp_path}/a.tar.gz")

@@ -46,6 +46,18 @@ def test_folder_has_the_order_and_labels_of_torchvision(folder):
     assert np.array_equal(np.rint(dataset.images * 255).astype(np.uint8), PIXELS)
 
 
+def test_folders_inside_a_class_come_sorted(tmp_path):
+    for name in "ecahgbdf":  # else in the order of the file system
+        write(tmp_path / "cat" / name / "1.png", PIXELS[0])
+    os.symlink(tmp_path / "cat/a", tmp_path / "cat/z")
+    assert data.load(f"folder:{tmp_path}").ids == tuple(f"cat/{name}/1.png" for name in "abcdefghz")
+
+
+def test_a_path_may_hold_what_looks_like_an_option(tmp_path):
+    write(tmp_path / "a,size=4,b/cat/1.png", PIXELS[0])
+    assert data.load(f"folder:{tmp_path}/a,size=4,b").images.shape == (1, 9, 8, 3)
+
+
 def test_what_tools_leave_behind_is_no_class(folder):
     expected = data.load(f"folder:{folder}")
     for name in (".ipynb_checkpoints", "__MACOSX/cat", ".thumbnails"):
@@ -145,10 +157,11 @@ def weights(size, out, start, scale):
     return rows / rows.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize(("shape", "policy"), [((24, 36), "paper"), ((24, 36), "crop"),
-                                               ((40, 16), "paper"), ((40, 16), "crop")])
-def test_resize_policies_equal_their_definition(tmp_path, shape, policy):
-    size, shorter = 14, 16  # 14 of 16 is 224 of 256
+@pytest.mark.parametrize(("shape", "policy", "size"), [
+    ((24, 36), "paper", 14), ((24, 36), "crop", 14), ((40, 16), "paper", 14), ((40, 16), "crop", 14),
+    ((24, 36), "crop", 13)])
+def test_resize_policies_equal_their_definition(tmp_path, shape, policy, size):
+    shorter = size * 256 // 224  # rounded down
     pixels = RANDOM.integers(0, 256, (*shape, 3)).astype(np.uint8)
     write(tmp_path / "a/0.png", pixels)
     image = data.load(f"folder:{tmp_path},size={size},resize={policy}").images[0]
@@ -200,6 +213,8 @@ def test_digest_follows_content_labels_and_resize(folder):
     (folder / "eel").rename(folder / "cat")
     write(folder / "cat/9.PNG", PIXELS[0])
     assert digest() != first
+    tables = (nips(folder / "more", f"a,u,{label},1\n") for label in (1, 2))
+    assert len({data.open_source(table).digest for table in tables}) == 2
 
 
 def test_images_are_decoded_ahead_in_threads_and_not_kept(tmp_path, monkeypatch):

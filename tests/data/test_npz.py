@@ -65,8 +65,10 @@ BAD = {
     "bool_labels": (dict(x=PIXELS, y=LABELS > 1), TypeError, r"bool, expected integers"),
     "rounding": (dict(x=PIXELS / np.float32(PIXELS.max()) * np.float32(1.000001), y=LABELS), ValueError,
                  r"span \[0\.?\d*, 1\.0000\d*\], expected \[0, 1\]; that is rounding: store images.clip"),
+    "no_rounding": (dict(x=FLOATS - 1e-3, y=LABELS), ValueError, r"rescale them"),
     "negative_label": (dict(x=PIXELS, y=LABELS - 1), ValueError, r"span -1 to 2"),
-    "huge_label": (dict(x=PIXELS, y=LABELS + 2**31), ValueError, r"int32"),
+    "huge_label": (dict(x=PIXELS, y=LABELS + 2**32), ValueError, r"int32"),  # int32 would keep the low bits
+    "too_few_names": (dict(x=PIXELS, y=LABELS, class_names=list("abc")), ValueError, r"label 3, but 3 class names"),
     "length": (dict(x=PIXELS, y=LABELS[:4]), ValueError, r"x \(5, 4, 6, 3\), y \(4,\)"),
     "ids_length": (dict(x=PIXELS, y=LABELS, ids=LABELS[:2]), ValueError, r"ids \(2,\)"),
     "ids_twice": (dict(x=PIXELS, y=LABELS, ids=LABELS), ValueError, r"id '2' occurs twice"),
@@ -111,9 +113,10 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         (tmp_path / f"{name}.npz").write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.npz is no npz file"):
             data.load(f"npz:{tmp_path / name}.npz")
-    # Flip bytes inside the stored images: the archive's checksum must notice.
-    damaged = bytearray(whole)
-    damaged[200:210] = bytes(255 - b for b in damaged[200:210])
+    # Flip bytes inside the stored images, far beyond their header: the archive's checksum must notice.
+    write(tmp_path, x=np.tile(PIXELS, (1, 9, 9, 1)), y=LABELS)
+    damaged = bytearray((tmp_path / "set.npz").read_bytes())
+    damaged[20000:20010] = bytes(255 - b for b in damaged[20000:20010])
     (tmp_path / "damaged.npz").write_bytes(bytes(damaged))
     with pytest.raises(ValueError, match="cannot be read"):
         data.load(f"npz:{tmp_path / 'damaged.npz'}")
@@ -143,3 +146,4 @@ def test_opened_images_are_the_loaded_ones(tmp_path, save, order):
     for index in range(4):
         image, label = source[index]
         assert np.array_equal(image, whole.images[index]) and label == whole.labels[index]
+        assert np.array_equal(np.rint(255 * image), PIXELS[index])

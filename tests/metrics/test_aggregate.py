@@ -139,5 +139,7 @@ def test_a_summary_refuses_images_outside_its_bounds():
         else:
             metrics.summary(x, result, bounds=(-1.0, 1.0))
     x[1, 7, 7, 2] = 1.0
-    x[0, 0, 0] = np.nan, np.inf, 0.0  # are told in other words
+    x[0, 0, 0] = np.nan, np.inf, -np.inf  # are told in other words
     assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_non_finite == 1
+    with pytest.raises(ValueError, match="values from -0.98.* to 1, outside"):  # and hide nothing
+        metrics.summary(x, result, bounds=(-1.0, 0.5))

@@ -104,6 +104,10 @@ def test_corners_join_only_with_eight_neighbours():
     mask = np.eye(5, dtype=bool)[None]
     assert metrics.count_clusters(mask).tolist() == [5]
     assert metrics.count_clusters(mask, connectivity=8).tolist() == [1]
+    x, adversarials = np.zeros((1, 5, 5, 1), np.float32), mask[..., None].astype(np.float32)
+    for count in (metrics.num_clusters, metrics.num_clusters_host):
+        assert count(x, adversarials).tolist() == [5]
+        assert count(x, adversarials, connectivity=8).tolist() == [1]
 
 
 def test_from_images_any_channel_counts():
@@ -130,3 +134,6 @@ def test_wrong_arguments_are_refused():
             count(mask.astype(np.float32))
         with pytest.raises(ValueError, match="bool"):
             count(mask[0])
+    huge = jax.ShapeDtypeStruct((1 << 15, 256, 256), bool)
+    with pytest.raises(ValueError, match="split the batch"):
+        jax.eval_shape(metrics.count_clusters, huge)

@@ -42,7 +42,13 @@ def used_twice(params, x):
     return jnp.sum(square(features), axis=-1, keepdims=True), features
 
 
-@pytest.mark.parametrize("apply_fn", [plain, jitted, nested, handed_through, used_twice])
+def second_outputs(params, x):
+    _, features = jax.lax.scan(lambda carry, row: (carry + 1, jax.nn.relu(row @ params)), 0, x)
+    _, logits = jax.lax.scan(lambda carry, row: (carry + 1, jnp.sum(row**2, keepdims=True)), 0, features)
+    return logits, features
+
+
+@pytest.mark.parametrize("apply_fn", [plain, jitted, nested, handed_through, used_twice, second_outputs])
 def test_the_offset_reaches_all_that_is_computed_from_the_features(apply_fn):
     offset_apply, shape = with_feature_offset(apply_fn, PARAMS, X)
     want = jax.nn.relu(X @ PARAMS)

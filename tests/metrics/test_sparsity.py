@@ -132,6 +132,8 @@ def test_bounds_choose_the_units():
     assert metrics.linf_norm(x * 255, adversarials * 255, bounds=(0, 255))[0] == 1.0
     with pytest.raises(ValueError, match="lo < hi"):
         metrics.l2_norm(x, adversarials, bounds=(1, 0))
+    with pytest.raises(ValueError, match="lo < hi"):
+        metrics.l2_norm(x, adversarials, bounds=(1, 1))
 
 
 def test_uint8_images_do_not_wrap_around():
@@ -194,8 +196,13 @@ def test_unchanged_nan_and_no_images():
     assert metrics.active_superpixels(none, none, np.zeros((9, 9), np.int32)).shape == (0,)
 
 
+def test_a_perturbation_leads_from_the_clean_image_to_the_adversarial_one():
+    x, adversarials = make_case((7, 9, 3), count=4)
+    np.testing.assert_array_equal(metrics.perturbation(x, adversarials), adversarials - x)
+
+
 def test_gradient_of_the_norm_is_zero_at_zero():
-    x = jnp.full((1, 3, 3, 1), 0.25)
+    x = jnp.full((1, 3, 3, 1), 0.25, jnp.float32)
     gradient = jax.grad(lambda a: jnp.sum(metrics.l2_norm(x, a)))(x)
     np.testing.assert_array_equal(gradient, np.zeros(x.shape))
     moved = jax.grad(lambda a: jnp.sum(metrics.l2_norm(x, a)))(x.at[0, 1, 1, 0].add(0.5))
@@ -203,6 +210,15 @@ def test_gradient_of_the_norm_is_zero_at_zero():
     # A change whose square is 0 in float32: the derivative of sqrt would be infinite.
     tiny = jax.grad(lambda a: jnp.sum(metrics.l2_norm(x * 0, a)))(x * 0 + 1e-30)
     assert jnp.isfinite(tiny).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int8, np.int32])
+def test_label_maps_of_any_integer_dtype(dtype):
+    x, labels = np.zeros((1, 16, 16, 3), np.float32), np.arange(256).reshape(16, 16) // 2
+    adversarials = x.copy()
+    adversarials[0, 5, 5, 0] = 1.0
+    for num_groups in (None, 128, 256, 300):
+        assert metrics.active_superpixels(x, adversarials, labels.astype(dtype), num_groups=num_groups).tolist() == [1]
 
 
 def test_label_maps_are_checked():

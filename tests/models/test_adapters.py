@@ -55,6 +55,16 @@ def test_linen():
         adapters.from_linen(module.apply, variables)
 
 
+def test_linen_with_the_opposite_flag():
+    class Dropping(linen.Module):
+        @linen.compact
+        def __call__(self, x, deterministic):
+            return linen.Dropout(0.5)(x.mean((1, 2)), deterministic=deterministic)
+
+    apply_fn, params = adapters.from_linen(Dropping(), {})
+    np.testing.assert_array_equal(apply_fn(params, IMAGES), IMAGES.mean((1, 2)))
+
+
 class NnxNetwork(nnx.Module):
     """BatchNorm and dropout, so that the modes differ."""
 

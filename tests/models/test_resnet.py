@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tests.models.numpy_resnet import forward, random_tensors
 from safetensors.numpy import save_file
 
 from gse_jax import data, models
+from gse_jax.models.layers import batch_norm, convolution, convolution_and_norm
 
 HERE = Path(__file__).resolve().parent
 ARCHITECTURES = {
@@ -81,6 +83,14 @@ def test_an_image_does_not_see_its_batch(tmp_path):
     alone = jnp.concatenate([apply_fn(params, images[i : i + 1]) for i in range(5)])
     mapped = jax.vmap(lambda x: apply_fn(params, x[None])[0])(images)
     assert np.allclose(together, alone, atol=1e-4) and np.allclose(together, mapped, atol=1e-4)
+
+
+def test_evaluation_convolves_as_training_does():
+    """Flax does it in training; with stride 2 and an even size the padding shows."""
+    conv, norm = convolution(3, 4, 3, 2, nnx.Rngs(0)), batch_norm(4, nnx.Rngs(0))
+    norm.eval()
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3), jnp.float32)
+    np.testing.assert_allclose(convolution_and_norm(conv, norm, x), norm(conv(x)), atol=1e-5)
 
 
 def test_shipped_digits_weights_give_the_golden_logits():

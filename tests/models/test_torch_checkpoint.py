@@ -121,6 +121,7 @@ def test_each_road_to_a_call_is_closed(tmp_path, code):
 BROKEN = {
     "outside": (dict(offset=1), "does not fit its storage"),
     "far": (dict(stride=(2**70, 1)), "does not fit its storage"),
+    "negative_offset": (dict(offset=-1), "has size"),
     "negative_stride": (dict(stride=(-1, 1)), "stride"),
     "negative_size": (dict(size=(-1, 2)), "has size"),
     "repeated": (dict(size=(2**40, 1), stride=(0, 0)), "does not fit its storage"),

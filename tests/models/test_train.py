@@ -50,6 +50,12 @@ def test_shifts_move_whole_images_and_fill_with_background():
     assert filled.shape == image.shape and filled.min() == -1 and filled.max() == 3
 
 
+def test_an_epoch_is_of_whole_batches():
+    for size, count in ((64, 1), (127, 1), (128, 2)):
+        batches = list(train._batches(np.random.RandomState(0), size))
+        assert len(batches) == count and len(set(np.concatenate(batches))) == 64 * count
+
+
 def test_too_few_images_or_epochs_are_refused(digits):
     for count, epochs in ((192, 0), (63, 1)):
         with pytest.raises(ValueError, match=f"got {epochs} over {count} images"):

@@ -20,7 +20,7 @@ def group_maxima(x, cells):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("budget", [0.05, 1.0, 3.0])
+@pytest.mark.parametrize("budget", [0.05, 1.0, 3.0, 9.0])
 def test_optimality_conditions(seed, budget):
     """Primal and dual feasibility, complementary slackness and stationarity of every group."""
     z, cells, lower, upper = problem(seed)

@@ -71,6 +71,16 @@ def test_trials_are_those_of_scipy(name):
     np.testing.assert_allclose(trials, theirs[:4], rtol=1e-9)
 
 
+@pytest.mark.parametrize("seed", [0, 3, 11])  # where no tolerance matters
+def test_trials_are_those_of_scipy_for_any_values(seed):
+    """Whole numbers in turn, of no function: ties, and parabolas that lead outside or too far."""
+    values, theirs = np.random.default_rng(seed).normal(size=10).round(), []
+    optimize.minimize_scalar(lambda t: theirs.append(t) or values[len(theirs) - 1], bounds=(0.0, 1.0),
+                             method="bounded", options={"xatol": 1e-9, "maxiter": 10})
+    _, trials, _ = search(lambda t, values=iter(values): next(values), 10)
+    np.testing.assert_allclose(trials, theirs, rtol=1e-9)
+
+
 def test_a_flat_function_and_a_nan_stay_inside():
     for loss in (lambda t: 1.0, lambda t: np.nan):
         states, trials, _ = search(loss, 12)

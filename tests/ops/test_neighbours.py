@@ -45,6 +45,8 @@ def test_count_patches_equals_the_loop(shape, patch):
 def test_patch_larger_than_the_image_is_refused():
     with pytest.raises(ValueError, match="patch_size=9"):
         count_patches(jnp.zeros((8, 12), bool), 9)
+    with pytest.raises(ValueError, match="size=3 is larger than the image of 2x12"):
+        gaussian_blur(jnp.zeros((2, 12)), 5, 1.5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

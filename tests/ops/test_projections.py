@@ -40,9 +40,10 @@ def test_sparse_sigma_is_the_nearest_point(channels):
     """Against a fine grid of factors on every pixel, and all ways of choosing the pixels."""
     rng = np.random.default_rng(channels)
     clean = rng.uniform(0, 1, (2, 2, channels))
-    clean[0, 0] = 1.0  # cannot become brighter
+    clean[0, 0], clean[0, 1] = 1.0, 0.0  # cannot become brighter, and darker
     sigma, kappa = rng.uniform(0, 0.8, clean.shape), 0.9
     target = rng.normal(0.5, 1.0, clean.shape)
+    target[0, 1] = -3.0
     gain = np.zeros(4)
     for pixel in range(4):
         c, s = clean[pixel // 2, pixel % 2], sigma[pixel // 2, pixel % 2]
@@ -72,7 +73,8 @@ def test_sigma_map_by_hand():
 def test_l2_ball():
     v = jnp.asarray([3.0, 4.0])
     np.testing.assert_allclose(ops.project_l2_ball(v, 2.5), [1.5, 2.0])
-    np.testing.assert_array_equal(ops.project_l2_ball(v, 5.0), v)
+    for radius in (5.0, 7.5):
+        np.testing.assert_array_equal(ops.project_l2_ball(v, radius), v)
     np.testing.assert_array_equal(ops.project_l2_ball(0.0 * v, 1.0), 0.0 * v)
     np.testing.assert_array_equal(jax.jacobian(ops.project_l2_ball)(0.0 * v, 1.0), np.eye(2))
 
@@ -84,8 +86,9 @@ def test_cross_entropy_and_gap():
         np.testing.assert_allclose(ops.cross_entropy(jnp.asarray(logits), label), expected)
         np.testing.assert_allclose(ops.logit_gap(jnp.asarray(logits), label),
                                    logits[label] - np.delete(logits, label).max())
-    assert np.isnan(ops.cross_entropy(jnp.asarray(logits), 3))
-    assert np.isnan(ops.logit_gap(jnp.asarray(logits), -1))
+    for label in (3, -1):
+        assert np.isnan(ops.cross_entropy(jnp.asarray(logits), label))
+        assert np.isnan(ops.logit_gap(jnp.asarray(logits), label))
 
 
 def test_smooth_l0_gradient():

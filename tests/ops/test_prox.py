@@ -75,6 +75,7 @@ def test_the_half_quasinorm_equals_its_published_formula(dtype, rounding):
 
 
 def test_threshold_separates_zero_from_nonzero():
+    assert ops.hard_threshold(2.0, 4.0) == 0.0  # a tie
     for tradeoff in (1e-4, 0.2, 5.0):
         edge = ops.half_quasinorm_threshold(jnp.asarray(tradeoff))
         assert ops.half_quasinorm_prox(edge * (1 - 1e-9), tradeoff) == 0.0

@@ -36,6 +36,13 @@ def test_update_falls_near_the_mask_and_grows_elsewhere():
     np.testing.assert_allclose(after[8:13, 8:13], 0.5 / (1 + kernel), rtol=1e-12)
 
 
+def test_an_underflow_of_the_blur_is_near_all_the_same():
+    mask = jnp.zeros((8, 8), bool).at[4, 4].set(True)
+    after = np.asarray(update_tradeoff(jnp.ones((8, 8)), mask, q=0.25, blur_size=5, blur_sigma=0.05))
+    np.testing.assert_array_equal(after[2:7, 2:7], np.where(np.asarray(mask)[2:7, 2:7], 0.5, 1.0))
+    assert (after == 4.0).sum() == 64 - 25
+
+
 def test_update_survives_the_published_growth_in_float32():
     value = jnp.full((8, 8), 1e-4, jnp.float32)
     for _ in range(50):

@@ -41,6 +41,13 @@ def test_leading_pair_against_a_dense_svd(shape, dtype, scale):
     assert not any(np.isnan(a).any() for a in leading_pair(jnp.zeros(shape, dtype)))
 
 
+def test_leading_pair_that_lies_on_one_axis():
+    for n in (2, 9):  # the other columns of the limit vanish
+        sigma, u, v = ops.leading_pair(jnp.diag(jnp.asarray([1.0, 3.0] + [0.5] * (n - 2))))
+        np.testing.assert_allclose(sigma, 3.0)
+        np.testing.assert_allclose(np.outer(u, v), np.diag(np.eye(n)[1]), atol=1e-12)
+
+
 @pytest.mark.parametrize("shape, size", [((9, 13, 3), 4), ((8, 8, 1), 8), ((12, 8, 3), 2)])
 def test_nuclear_group_vertex_against_dense_svds(shape, size):
     """Feasible, and as far down as any vertex of any patch; dual of the norm of the gradient."""
