@@ -101,7 +101,7 @@ def _origin(jaxpr, atom):
     """Follow a value back through calls that hand it through, to where it is really made."""
     if isinstance(atom, core.Literal):
         raise ValueError("the returned features are a constant")
-    for equation in reversed(jaxpr.eqns):
+    for equation in jaxpr.eqns:
         if atom in equation.outvars:
             inner, _ = _opened(equation)
             if inner is None:

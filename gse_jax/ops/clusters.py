@@ -66,4 +66,4 @@ def count_clusters(mask, connectivity=4):
     # of its neighbours, i.e. it is constant on each cluster and names one pixel of it.
     initial = (start, jnp.any(mask), jnp.int32(0))
     labels, _, rounds = lax.while_loop(lambda state: state[1], round_, initial)
-    return jnp.sum(mask & (labels == own), axis=(1, 2), dtype=jnp.int32), rounds
+    return jnp.sum(labels == own, axis=(1, 2), dtype=jnp.int32), rounds
