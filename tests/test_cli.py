@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from gse_jax import cli, evaluation
+from gse_jax import Status, cli, evaluation, report
+from gse_jax.cli import explain, options, output
 from gse_jax.evaluation import load_run
+from gse_jax.evaluation.explanation import Explanation
 
 
 def command(*arguments, timeout=600):
@@ -81,7 +83,6 @@ def test_explain_tells_how_to_name_weights_that_moved(demo, tmp_path, capsys):
 def test_images_without_a_salient_region_are_left_out_and_counted():
     from gse_jax import metrics
     from gse_jax.cli.explain import _explanation_rows
-    from gse_jax.evaluation.explanation import Explanation
 
     found = np.asarray([True, True, False])
     maps = np.zeros((3, 10, 10), np.float32)
@@ -93,8 +94,73 @@ def test_images_without_a_salient_region_are_left_out_and_counted():
     explained = Explanation(maps, maps, "Grad-CAM", np.zeros((3, 5)), overlap, overlap, found)
     told = dict(_explanation_rows(explained))["changed pixels in the top 20 % of Grad-CAM"]
     assert told == "1.000 (same mask anywhere: 0.200; 100% of images above; 1 images without a map)"
+    by_chance = explained._replace(saliency_overlap=overlap._replace(score=overlap.control))
+    assert "; 0% of images above" in dict(_explanation_rows(by_chance))["changed pixels in the top 20 % of saliency"]
     none = explained._replace(found=np.asarray([False, True, True]))
     assert dict(_explanation_rows(none))["changed pixels in the top 20 % of saliency"] == "-; 2 images without a map"
+
+
+def made_up_run(targets=-1):
+    """Six images: found, missed, found, misclassified, not finite, missed; the found ones have 2 and 6 black pixels."""
+    x = np.full((6, 8, 8, 1), 0.5, np.float32)
+    adversarials = x.copy()
+    adversarials[0, 0, :2], adversarials[2, 0, :6] = 0.0, 0.0
+    status = np.int32([Status.FOUND, Status.NOT_FOUND, Status.FOUND, Status.ALREADY_MISCLASSIFIED, Status.NON_FINITE,
+                       Status.NOT_FOUND])
+    y, count = np.zeros(6, np.int32), np.asarray
+    return evaluation.AttackRun(
+        x, y, y + targets, adversarials, count([True, False, True, True, False, False]), status,
+        count([10, 20, 30, 0, 5, 15]), count([12, 22, 32, 0, 6, 17]), np.zeros(6), count([0, 0, 0, 1, -1, 0]),
+        count([1, 0, 1, 1, -1, 0]), np.full(6, 0.9), np.full(6, 0.8), count(list("abcdef")),
+        {"bounds": [0.0, 1.0], "seconds": 2.0, "method": "gse"})
+
+
+def test_the_table_of_a_run_by_hand():
+    assert output.table(made_up_run()) == [
+        ("clean accuracy", "66.7% (4 of 6)"),
+        ("attack success rate, of correctly classified or not finite", "40.0% (2 of 5)"),
+        ("attack success rate, of all images", "50.0% (3 of 6)"),
+        ("changed pixels (ACP)", "4.00"), ("clusters of changed pixels (ANC)", "1.00"),
+        ("l2 norm, images in [-1, 1]", f"{(2**0.5 + 6**0.5) / 2:.3f}"), ("8x8 patches touched (d_{2,0})", "1.00"),
+        ("gradient evaluations per image", "16.0"),
+        ("attacked images per second, compilation included", "2.50 (5 in 2.0 s)")]
+
+
+def test_pictures_show_successes_first_and_curves_count_attacked_images(monkeypatch, tmp_path):
+    seen, run = {}, made_up_run()
+    monkeypatch.setattr(report, "attack_panel", lambda x, adversarials, *_, **options: seen.update(options))
+    monkeypatch.setattr(report, "success_curves", lambda budgets, rates, xlabel: seen.update({xlabel: rates["gse"]}))
+    monkeypatch.setattr(report, "save_figure", lambda *_: [])
+    output.draw_panel(run, tmp_path / "panel", 3)
+    assert seen["status"].tolist() == [Status.FOUND, Status.FOUND, Status.NOT_FOUND]
+    explained = Explanation(None, None, "CAM", np.zeros((6, 5)), None, None, run.found)
+    explain._draw_curves(run, explained, tmp_path)
+    np.testing.assert_allclose(seen["changed pixels k"], [0, 0, 0.2, 0.2, 0.2, 0.2, 0.4])
+
+
+def test_compare_and_pareto_keep_offsets_and_mark_what_is_incomplete(monkeypatch, tmp_path):
+    one, other = made_up_run(targets=1), made_up_run(targets=2)
+    rows = ({"attack": "pgd", "over targets": "best", "ASR": 0.5},)
+    monkeypatch.setattr(evaluation, "compare", lambda *_, **__: [evaluation.Comparison("pgd", (one, other), rows)])
+    job = ["--data", "digits", "--model", "resnet20", "--weights", "digits", "--limit", "1", "--out", str(tmp_path)]
+    assert cli.main(["compare", *job, "--methods", "pgd", "--offsets", "1,2"]) == 0
+    for offset in (1, 2):
+        assert (load_run(tmp_path / "pgd" / str(offset)).targets == offset).all()
+
+    none, two, ones = np.zeros((2, 1), bool), np.asarray([0.5, 1.0]), np.ones((2, 4))
+    front = evaluation.Front(("gse", "pgd"), two * np.inf, ~none[0], ~none[0], none, ones[:, None], none, two, two,
+                             ones, none[:, 0], two, two)
+    seen = {}
+    monkeypatch.setattr(evaluation, "pareto", lambda *_, **__: front)
+    monkeypatch.setattr(report, "front_plot", lambda means, whole: seen.update(whole))
+    monkeypatch.setattr(report, "save_figure", lambda *_: [])
+    assert cli.main(["pareto", *job, "--methods", "gse,pgd"]) == 0
+    assert {name: whole.tolist() for name, whole in seen.items()} == {"gse": [False], "pgd": [True]}
+
+
+def test_more_targets_than_images_are_those_of_the_first(tmp_path):
+    (tmp_path / "targets.txt").write_text("1\n2\n3\n")
+    assert options.targets(str(tmp_path / "targets.txt"), np.zeros(2, int), 10).tolist() == [1, 2]
 
 
 def test_attack_on_the_users_files(demo, tmp_path):

@@ -48,6 +48,21 @@ def test_evaluate_ends_with_tables_and_a_page(run, capsys):
         assert (folder / "report" / name).stat().st_size > 50
 
 
+def test_flags_reach_the_evaluation(monkeypatch, tmp_path):
+    seen = []
+
+    def evaluate(plan, out, **options):
+        seen.append((plan, options["stall_seconds"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("gse_jax.evaluation.evaluate", evaluate)
+    flags = ["evaluate", "--data", "digits", "--model", "resnet20", "--weights", "digits", "--out", str(tmp_path)]
+    assert cli.main([*flags, "--seed", "3", "--stall-minutes", "2", "--offsets", "1,3", "--lanes", "5"]) == 2
+    assert cli.main([*flags, "--stall-minutes", "0", "--method", "pgd"]) == 2 and cli.main(flags) == 2
+    said = [(plan.seed, stall, plan.lanes, plan.attacks[0].offsets, plan.attacks[0].method) for plan, stall in seen]
+    assert said == [(3, 120, 5, (1, 3), "gse"), (0, None, None, (), "pgd"), (0, 3600, None, (), "gse")]
+
+
 def test_another_plan_in_the_same_directory_is_refused(run, capsys, tmp_path):
     folder, plan = run
     other = tmp_path / "other.toml"

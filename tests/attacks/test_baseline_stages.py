@@ -157,7 +157,7 @@ def test_strattack_evaluates_every_so_many_th_iteration_beyond_the_boundary(inte
 
 
 def test_strattack_ends_a_retraining_that_does_not_improve():
-    settings = structured_attack.StrAttackSettings(num_searches=2, max_steps=40,
+    settings = structured_attack.StrAttackSettings(num_searches=2, max_steps=35, more_steps=5,
                                                    num_retrainings=2, retrain_steps=40,
                                                    retrain_patience=7, gradient_interval=1)
     _, hyperparams = gse_jax.preset("strattack", "gse_paper", False)
@@ -170,7 +170,7 @@ def test_strattack_ends_a_retraining_that_does_not_improve():
         searched = np.where(running & ~again, np.maximum(searched, step), searched)
     assert not running.any()
     assert longest.max() > 7  # a run that improves goes on beyond its patience
-    assert (searched == 39).all()  # the search is not cut short
+    assert (searched == 39).all()  # the search is not cut short: the second run has five more steps
 
 
 def test_any_success_of_a_retraining_of_strattack_lowers_its_weight_in_the_original():
@@ -203,6 +203,9 @@ def test_sigma_zero_threshold_zeroes_what_is_below():
         for one, limit in zip(w, threshold):
             assert one[one > 0].size == 0 or one[one > 0].min() >= limit
     assert (threshold != 0.3).all()
+    score, found = np.asarray(state.record.score), np.isfinite(state.record.score)
+    entries = (np.asarray(state.record.best) != np.asarray(state.sample.x)).sum((1, 2, 3))
+    assert found.any() and (score == entries)[found].all()  # values are counted, not pixels
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -266,6 +269,39 @@ def test_trimmed_support_is_the_percentile(share):
     entries = np.abs(y[y != 0])
     edge = np.percentile(entries, 3) if entries.size else np.inf
     np.testing.assert_array_equal(support, np.abs(y) > edge)
+
+
+def strattack_parts(seed=0):
+    """(random variables of the ADMM, gradient, limits, hyperparameters)"""
+    rng = np.random.default_rng(seed)
+    parts = structured_attack_steps.Blocks(*(jnp.asarray(rng.normal(size=(6, 5, 2))) for _ in range(5)))
+    limits = jnp.full((6, 5, 2), -0.7), jnp.full((6, 5, 2), 0.4)
+    return parts, jnp.asarray(rng.normal(size=(6, 5, 2))), limits, structured_attack.StrAttackHyperparams(
+        1.0, 0.3, 0.8, 1.7, 2.5, 1.0)
+
+
+def test_an_iteration_of_strattack_minimises_each_part():
+    now, gradient, (low, high), at = strattack_parts()
+    new = structured_attack_steps.admm_step(now, gradient, jnp.asarray(3), low, high, at, 2)
+    delta, y, w = (after - before + new.z for after, before in zip(new[2:], now[2:]))
+    np.testing.assert_allclose(2 * at.gamma * delta + at.rho * (delta + now.dual_delta - now.z), 0.0, atol=1e-12)
+    np.testing.assert_allclose(y, ops.group_soft_threshold(now.z - now.dual_y, at.tau / at.rho, 2), atol=1e-12)
+    np.testing.assert_allclose(w, jnp.clip(now.z - now.dual_w, low, high), atol=1e-12)
+    np.testing.assert_allclose(new.y, y, atol=1e-12)
+    copies = sum(new.z - copy - dual for copy, dual in zip((delta, y, w), now[2:]))
+    slope = gradient + at.rho * copies + at.alpha * 2.0 * (new.z - now.z)  # the root of the fourth iteration
+    np.testing.assert_allclose(slope, 0.0, atol=1e-12)
+
+
+def test_an_iteration_of_the_retraining_of_strattack():
+    now, gradient, (low, high), at = strattack_parts()
+    support = now.y > 0.0
+    new = structured_attack_steps.retraining_step(now, gradient, support, low, high, at)
+    pull = at.alpha * (new.z - now.z) + at.rho * (new.z - now.y - now.dual_delta) + at.rho * new.z  # published weights
+    np.testing.assert_allclose(pull + jnp.where(support, gradient, 0.0), 0.0, atol=1e-12)
+    np.testing.assert_allclose(new.dual_delta, now.dual_delta + now.y - new.z, atol=1e-12)
+    shrunk = 1.7 / (1.7 + 0.01 * 0.3) * (new.z - new.dual_delta)
+    np.testing.assert_allclose(new.y, jnp.where(support, jnp.clip(shrunk, low, high), 0.0), atol=1e-12)
 
 
 def test_strattack_tests_points_that_are_zero_on_whole_cells():
@@ -337,5 +373,6 @@ def test_pgd0_on_grey_images_starts_uniformly_in_what_it_may_reach():
     state = attack.step(attack.init(Sample(x, zero, zero - 1, zero)),
                         Evaluation(jnp.asarray([1.0, 0.0]), jnp.zeros(()), jnp.zeros_like(x)))
     reach = 0.8 * gse_jax.ops.sigma_map(x)
-    share = np.abs(state.image - x) / np.where(reach > 0, reach, 1)
-    assert share.max() <= 1 + 1e-9 and 0.3 < share[reach > 0].mean() < 0.7
+    share = np.asarray(state.image - x) / np.where(reach > 0, reach, 1)
+    assert np.abs(share).max() <= 1 + 1e-9 and 0.3 < np.abs(share)[reach > 0].mean() < 0.7
+    assert abs(share[reach > 0].mean()) < 0.2  # brighter and darker

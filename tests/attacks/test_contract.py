@@ -378,6 +378,58 @@ def test_wrong_configurations_are_refused_in_one_line(method):
             METHODS[method].check(settings, negative, (224, 224, 3))
 
 
+# Settings and hyperparameters of every preset, in the order of their fields.
+BOTH, SQUARE = ("untargeted", "targeted"), ((1,) * 3,) * 3
+PRESETS = [
+    ("pgd", "original", BOTH, ("linf", 20, 1, True), (8 / 255, 2 / 255)),
+    ("pgd", "cifar10 imagenet", BOTH, ("linf", 200, 1, True), (0.025, 0.0025)),
+    ("sigma_zero", "original", BOTH, (100,), (1.0, 1e-3, 0.3, 0.01)),
+    ("sigma_zero", "cifar10 imagenet", BOTH, (1000,), (1.0, 1e-3, 0.3, 0.01)),
+    ("pgd0", "original", BOTH, (5, 100, 5, False), (120000 / 255, 0.8)),
+    ("pgd0", "cifar10", BOTH, (90, 200, 5, False), (60000 / 255, 0.8)),
+    ("pgd0", "imagenet", BOTH, (6600, 200, 5, False), (60000 / 255, 0.8)),
+    ("sparse_rs", "original", BOTH[:1], (150, "l0", 10_000, 1), (0.3,)),
+    ("sparse_rs", "original", BOTH[1:], (150, "l0", 100_000, 1), (0.1,)),
+    ("sparse_rs", "cifar10", BOTH, (90, "l0", 10_000, 10), (0.8,)),
+    ("sparse_rs", "imagenet", BOTH, (6600, "l0", 10_000, 10), (0.8,)),
+    ("sparse_pgd", "original", BOTH, (10, 30, True, 3, "pixel", SQUARE, 1), (1.0, 0.25, 0.25)),
+    ("sparse_pgd", "cifar10", BOTH, (20, 300, True, 3, "pixel", SQUARE, 1), (1.0, 0.25, 0.25)),
+    ("sparse_pgd", "imagenet", BOTH, (200, 300, True, 3, "pixel", SQUARE, 1), (1.0, 0.25, 0.25)),
+    ("saif", "original cifar10", BOTH[:1], (25, 200, 1), (0.5,)),
+    ("saif", "original cifar10", BOTH[1:], (50, 200, 1), (0.5,)),
+    ("saif", "imagenet", BOTH[:1], (50, 200, 1), (0.5,)),
+    ("saif", "imagenet", BOTH[1:], (500, 200, 1), (0.5,)),
+    ("fwnucl", "original cifar10", BOTH, (200, 4, 4, False), (5.0,)),
+    ("fwnucl", "imagenet", BOTH, (200, 4, 32, False), (5.0,)),
+    ("strattack", "original", BOTH, (8, 1000, 1000, 8, 400, 2, False, 0, 1, 1), (1.0, 0.5, 1.5, 3.75, 1.25, 1.0)),
+    ("strattack", "cifar10", BOTH, (8, 200, 0, 8, 200, 2, True, 0, 1, 1), (0.25, 1.0, 2.0, 1.0, 5.0, 1.0)),
+    ("strattack", "imagenet", BOTH, (8, 200, 0, 8, 200, 8, True, 0, 1, 1), (2.5, 1.0, 2.0, 1.0, 5.0, 1.0)),
+    ("gsmd", "original imagenet", BOTH[:1], (200, 15, "cells"), (20.0, 0.1, 1.0)),
+    ("gsmd", "original imagenet", BOTH[1:], (200, 15, "cells"), (2.0, 0.1, 1.0)),
+    ("gsmd", "cifar10", BOTH, (200, 8, "cells"), (5.0, 0.1, 1.0)),
+    ("homotopy", "original", BOTH, ("entries", 100, 100, 600, 200, 10, 200, 500, 6, "cross_entropy", 1.0),
+     (0.05, 0.98, 3.0, 1e-2, 1e-4, 0.8)),
+    ("homotopy", "cifar10", BOTH, ("superpixels", 100, 100, 200, 1, 1, 50, 100, 6, "margin", 2.0),
+     (0.1, 0.9, 0.1, 1e-3, 1e-5, 0.96)),
+    ("homotopy", "imagenet", BOTH, ("superpixels", 500, 100, 600, 1, 1, 50, 500, 13, "margin", 2.0),
+     (0.1, 0.98, 0.01, 0.1, 1e-3, 0.8)),
+    ("sapf", "original", BOTH, (66, 6, 1, 2000, 2000, 150, 1.0), (1e-3, 1e-3, 0.1)),
+    ("sapf", "cifar10", BOTH, (88, 10, 10, 200, 200, 150, 2.0), (1e-3, 10.0, 0.1)),
+    ("sapf", "imagenet", BOTH, (6333, 10, 10, 200, 200, 350, 2.0), (0.01, 10.0, 0.1)),
+]
+
+
+def test_presets_of_the_compared_methods():
+    seen = []
+    for method, domains, directions, settings, hyperparams in PRESETS:
+        for domain in domains.split():
+            for direction in directions:
+                seen.append((method, domain, direction))
+                found = gse_jax.preset(method, domain, direction == "targeted")
+                assert (dataclasses.astuple(found[0]), tuple(found[1])) == (settings, hyperparams), seen[-1]
+    assert len(set(seen)) == len(seen) == 6 * (len(METHODS) - 2)  # all but "gse" and "gse_refined"
+
+
 @pytest.mark.parametrize("method, change, words", [
     ("saif", {"halvings": 25}, "settings.halvings=25 must be at most 24"),
     ("sparse_pgd", {"pattern": ((2, 0), (0, -1))}, "rows of 0 and 1"),

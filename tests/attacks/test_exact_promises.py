@@ -120,6 +120,12 @@ def test_a_prediction_that_turns_at_the_clean_image_is_no_success():
     assert int(again.status) == Status.NOT_FOUND
     moved = note(record, sample, wrong, 0.9 * x, jnp.float32(0), jnp.ones((), bool), targeted=False)
     assert int(moved.status) == Status.FOUND
+    # Nor does a model that breaks later take a success away.
+    going = note(record, sample, wrong, 0.9 * x, jnp.float32(0), jnp.zeros((), bool), targeted=False)
+    for before, status in ((going, Status.FOUND), (record, Status.NON_FINITE)):
+        broken = note(before, sample, said([jnp.nan, 1.0]), 0.8 * x, jnp.float32(0), jnp.zeros((), bool),
+                      targeted=False)
+        assert int(broken.status) == status
     # The same in GSE, whose iterate can be zero again.
     algorithm = GSE.bind(*gse_jax.preset("gse", "cifar10"), targeted=False, bounds=(0.0, 1.0))
     step = jax.jit(algorithm.step)

@@ -34,7 +34,7 @@ def test_schedule_of_the_paper():
 def test_pixels_are_exchanged_within_the_budget(fraction, count):
     budget = 20
     pattern = jax.device_get(MOVE_PIXELS(jax.random.key(1), moves.empty_pattern(SHAPE), budget, fraction, True))
-    assert int(pattern.mask.sum()) == budget
+    assert int(pattern.mask.sum()) == budget and 0.2 < pattern.high[pattern.mask].mean() < 0.8
     seen = np.zeros(SHAPE[:2], bool)
     for key in keys(40):
         moved = jax.device_get(MOVE_PIXELS(key, pattern, budget, fraction, False))
@@ -77,6 +77,15 @@ def test_patches_stay_squares_inside_the_image():
                                                              for c in pattern.corner)])
         pattern = moved
     assert len(corners) > 3
+
+
+def test_patches_shift_ever_more_rarely():
+    move = jax.jit(lambda key, pattern, query, begin: moves.move_patch(
+        key, pattern, 16, jnp.asarray(0.3), begin, query, 10_000))
+    pattern = move(jax.random.key(1), moves.empty_pattern(SHAPE), jnp.asarray(0), jnp.asarray(True))
+    for query, shifts in ((995, True), (1005, False), (1010, True), (3010, False), (3020, True)):
+        corners = [move(key, pattern, jnp.asarray(query), jnp.asarray(False)).corner for key in keys(9)]
+        assert any((corner != pattern.corner).any() for corner in corners) == shifts
 
 
 def test_frames_are_the_border_within_the_budget():

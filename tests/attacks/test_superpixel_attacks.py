@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import gse_jax
+from gse_jax import ops
 from gse_jax.attacks import METHODS, Sample, attack_stream
 from gse_jax.attacks.baselines import homotopy_search, homotopy_steps
 from gse_jax.attacks.baselines import perturbation_factorization as sapf
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
+from gse_jax.attacks.baselines.group_mirror_descent import GSMDSettings
 from gse_jax.attacks.baselines.homotopy import HomotopySettings
 from gse_jax.attacks.baselines.weight_search import next_weight
 from gse_jax.attacks.segmentation import segments_of, slic_segments
@@ -56,8 +58,8 @@ def test_the_tradeoff_of_homotopy_is_that_of_its_best_image():
 
 def states_of(method, settings, hyperparams, steps):
     params, x, y = linear_problem()
-    algorithm = METHODS[method].bind(settings, hyperparams, targeted=False, bounds=(0.0, 1.0),
-                                     key=None)
+    algorithm = METHODS[method].bind(settings, jax.tree.map(jnp.asarray, hyperparams), targeted=False,
+                                     bounds=(0.0, 1.0), key=None)
     segments = METHODS[method].segment(settings, np.asarray(x))
     samples = Sample(x, y, jnp.full(3, -1, jnp.int32), jnp.arange(3, dtype=jnp.int32),
                      None if segments is None else jnp.asarray(segments))
@@ -95,7 +97,32 @@ def test_selection_becomes_binary_and_meets_its_budget():
     np.testing.assert_allclose(selection, wanted, atol=0.02)
     assert int(sapf_steps.binary_selection(jnp.asarray(selection), 8).sum()) == 8
     assert int(sapf_steps.binary_selection(jnp.ones((12, 12)), 8).sum()) == 8
-    assert int(sapf_steps.binary_selection(jnp.zeros((12, 12)), 8).sum()) == 0
+    assert int(sapf_steps.binary_selection(jnp.full((12, 12), 0.5), 8).sum()) == 0
+
+
+def test_a_step_on_the_selection_descends_its_lagrangian():
+    rng = np.random.default_rng(0)
+    segments = jnp.asarray(np.arange(48).reshape(6, 8) // 6, jnp.int32)
+    s, magnitude, gradient = (jnp.asarray(rng.normal(size=shape)) for shape in ((6, 8), (6, 8, 3), (6, 8, 3)))
+    duals = sapf_steps.Duals(*(jnp.asarray(1e-3 * rng.normal(size=shape)) for shape in ((6, 8),) * 3 + ((),)))
+    penalties = sapf_steps.penalties_at(jnp.asarray(7), jnp.float64)
+    at = [s + dual / penalty for dual, penalty in zip(duals[:3], penalties)]
+    copies = [jnp.clip(at[0], 0.0, 1.0), ops.project_binary_sphere(at[1]),
+              ops.superpixel_soft_threshold(at[2], 2e-3 / penalties[2], segments)]
+
+    def gaps(s):
+        return [*(s - copy for copy in copies), jnp.sum(s) - 5]
+
+    def lagrangian(s):
+        w = magnitude * s[..., None]
+        return jnp.sum(w * w + gradient * w) + sum(
+            jnp.sum(dual * gap + 0.5 * penalty * gap * gap) for dual, penalty, gap in zip(duals, penalties, gaps(s)))
+
+    new, after = sapf_steps.selection_step(s, duals, magnitude, gradient, segments, 5,
+                                           sapf.SAPFHyperparams(1.0, 2e-3, jnp.asarray(0.004)), jnp.asarray(7))
+    np.testing.assert_allclose(new, s - 0.004 * jax.grad(lagrangian)(s), rtol=1e-9)
+    for dual, before, penalty, gap in zip(after, duals, penalties, gaps(new)):
+        np.testing.assert_allclose(dual, before + penalty * gap, rtol=1e-9)
 
 
 def test_schedules_are_the_published_ones():
@@ -178,6 +205,13 @@ def test_first_tradeoff_is_the_edge_of_the_first_step():
             assert bool((z != 0.0).any()) == moves
 
 
+def test_the_longest_step_is_that_of_the_largest_superpixel():
+    segments = jnp.asarray([[0, 0, 1], [0, 2, 2]], jnp.int32)
+    assert float(homotopy_steps.largest_group(jnp.zeros((2, 3, 3)), segments)) == 9.0
+    assert float(homotopy_steps.largest_group(jnp.zeros((2, 3, 3)), None)) == 1.0
+    np.testing.assert_allclose(homotopy_steps.longest_step(jnp.asarray(0.5), 0.1, 9.0), 2 * 0.1**2 * 9.0 / 0.5)
+
+
 def test_tuning_stays_on_the_support_and_lowers_the_peak():
     w = jnp.zeros((4, 4, 1)).at[1, 1].set(0.5).at[2, 2].set(-0.2)
     gradient = jnp.ones_like(w)
@@ -221,6 +255,9 @@ def test_superpixels_are_those_of_the_image_in_the_unit_range_and_blurred_where_
     slic_segments(images, 4, blur=0.5)
     slic_segments(images[:1], 4)
     assert blurs == [0.5, 0.5, 0.0]
+    METHODS["gsmd"].segment(GSMDSettings(groups="superpixels"), images[:1])
+    METHODS["sapf"].segment(SHORT, images[:1])
+    assert blurs[3:] == [5.0, 0.0]
 
 
 def test_methods_without_superpixels_carry_none_along():

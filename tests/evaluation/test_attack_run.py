@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gse_jax
-from gse_jax import GSESettings, Status
+from gse_jax import GSESettings, Status, metrics
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
 from gse_jax.evaluation.forward import Forward
@@ -141,6 +141,16 @@ def test_explanation_of_a_model_without_features(run):
     assert explanation.saliency.shape == run.x.shape[:3]
     scores = explanation.interpretability[explanation.found]
     assert np.isfinite(scores).all() and (np.diff(scores, axis=1) <= 1e-12).all()
+
+
+def test_what_was_not_found_is_explained_towards_the_next_class(run):
+    params, apply_fn, _, _ = toy()
+    np.testing.assert_array_equal(explain(run, params, apply_fn).found, run.status == Status.FOUND)
+    failed = run._replace(adversarials=run.x, predictions_after=run.predictions_before,
+                          targets=np.full(6, -1, np.int32), status=np.full(6, Status.NOT_FOUND, np.int32))
+    goals = np.where(np.arange(6) == 1, run.predictions_before, (run.y + 1) % 5)  # of the one that is misclassified
+    expected = metrics.adversarial_saliency(params, apply_fn, jnp.asarray(run.x), run.y, goals).max(-1)
+    np.testing.assert_allclose(explain(failed, params, apply_fn).saliency, expected, atol=1e-9)
 
 
 def test_another_model_is_not_explained(run):

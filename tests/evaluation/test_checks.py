@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from gse_jax import data, models
+from gse_jax.evaluation import normalisation
 from gse_jax.evaluation.checks import Finding, check
+from gse_jax.evaluation.checks_data import check_accuracy, check_range
+from gse_jax.evaluation.checks_model import check_output
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RNG = np.random.default_rng(0)
@@ -99,6 +102,56 @@ def test_guessing_is_an_error_from_twenty_images_on():
 def test_shifted_labels_are_recognised():
     found = only(run(y=(Y + 1) % CLASSES), "accuracy", "error")
     assert "y is the prediction +1 for 100.0%; pass (y - 1) % 4." in found.fix
+    found = only(run(y=(Y - 1) % CLASSES), "accuracy", "error")
+    assert "y is the prediction -1 for 100.0%; pass (y + 1) % 4." in found.fix
+
+
+def test_sixty_percent_of_two_classes_may_be_guessing():
+    said = {right: check_accuracy(np.zeros(20, int), np.arange(20) // right, 2, None)[0] for right in (12, 17)}
+    assert said[12].severity == "error" and said[17].severity == "info"
+
+
+@pytest.mark.parametrize("low, high, bounds, warned", [
+    (0.0, 0.2, (0.0, 1.0), True), (0.0, 0.3, (0.0, 1.0), False), (0.0, 1.0, (-1.0, 1.0), True),
+    (-0.1, 1.0, (-1.0, 1.0), False)])
+def test_ranges_that_leave_most_of_the_bounds_alone(low, high, bounds, warned):
+    x = np.linspace(low, high, 64, dtype=np.float32).reshape(1, 8, 8, 1)
+    assert [found.severity for found in check_range(x, bounds)] == ["warning"] * warned
+
+
+@pytest.mark.parametrize("share, warned", [(0.7, False), (1.0, True)])
+def test_a_class_that_is_predicted_for_most_images_is_no_constant_model(share, warned):
+    logits = 5.0 * np.eye(CLASSES)[np.where(np.arange(COUNT) < share * COUNT, 0, Y)] + RNG.random((COUNT, CLASSES))
+    assert [found.name for found in check_output(None, logits, X, Y)] == ["constant"] * warned
+
+
+@pytest.mark.parametrize("count, won, better", [
+    (20, 3, False), (40, 9, False), (40, 10, True), (1000, 12, False), (1000, 30, True)])
+def test_a_normalisation_is_better_only_where_chance_does_not_explain_it(count, won, better):
+    y, x = np.arange(count) % 10, np.arange(count, dtype=float).reshape(-1, 1, 1, 1)
+
+    def logits(x, affine):  # the last `won` images are right with the candidate only
+        index = x.reshape(-1).astype(int)
+        return np.eye(10)[np.where((affine is None) & (index >= count - won), index + 1, index) % 10]
+
+    option = normalisation.Candidate("", "", np.ones(1), np.ones(1))
+    verdict = normalisation.better_normalisation(logits, x, y, [option])
+    assert verdict == (normalisation.Verdict(option, 1 - won / count, 1.0, count) if better else None)
+
+
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (2.0, -1.0), (255.0, 0.0)])
+def test_a_normalisation_that_replaces_another_undoes_it(scale, shift):
+    u, rules = np.linspace(0.0, 1.0, 5)[:, None], (normalisation._UNIT, normalisation._HALF, normalisation._STATISTICS)
+    options, replaced = normalisation.candidates((scale, shift), 3, "u"), 0
+    for inside in (normalisation._HALF, normalisation._STATISTICS):
+        for wanted in rules:
+            for option in options:
+                if option.what == f"the {inside.noun} that apply_fn seems to do is replaced by {wanted.noun}":
+                    passed = option.scale * (scale * u + shift) + option.shift
+                    found = ((passed - shift) / scale - inside.mean) / inside.std
+                    np.testing.assert_allclose(found, (u - wanted.mean) / wanted.std * np.ones(3), atol=1e-9)
+                    replaced += 1
+    assert replaced >= 2
 
 
 def test_accuracy_in_percent_is_refused():
@@ -390,6 +443,9 @@ def test_non_finite_logits():
         jnp.abs(x.sum((1, 2, 3)) - bad) < 1e-3, jnp.nan, 0.0).astype(x.dtype)[:, None])
     found = only(findings, "logits", "warning")
     assert "1 of 40 (2.5%) images (first: image 6)" in found.message
+    # So are its gradients, which is no second fault.
+    only(run(lambda p, x: quadrants(p, x) * jnp.where(jnp.abs(x.sum((1, 2, 3)) - bad) < 1e-3, jnp.nan, 1.0).astype(
+        x.dtype)[:, None]), "logits", "warning")
     assert named(run(lambda p, x: quadrants(p, x) * jnp.inf), "logits").severity == "error"
 
 

@@ -16,23 +16,30 @@ from tests.toy_model import toy
 METHODS = ("pgd", "pgd0")
 
 
+def misclassified(y):
+    """The labels of the toy images, of which one is wrong and so not attacked."""
+    return np.where(np.arange(6) == 1, (y + 3) % 5, y)
+
+
 @pytest.fixture(scope="module")
 def untargeted():
     params, apply_fn, x, y = toy()
-    return list(compare(params, apply_fn, x, np.asarray(y), methods=METHODS, bounds=(-1.0, 1.0)))
+    return list(compare(params, apply_fn, x, misclassified(y), methods=METHODS, bounds=(-1.0, 1.0),
+                        budgets=(50, 100, 400)))
 
 
 def test_rows_say_what_the_runs_say(untargeted):
     assert [one.method for one in untargeted] == list(METHODS)
     for one in untargeted:
         (row,), (run,) = one.rows, one.runs
-        found = run.status == 0
-        assert row["ASR"] == found.mean()
+        found, attacked = run.status == 0, np.arange(6) != 1
+        assert row["ASR"] == found[attacked].mean() and row["attacked"] == 5
+        assert row["s/image"] == run.about["seconds"] / 5
         pixels = np.asarray(metrics.changed_pixels(run.x, run.adversarials))
         np.testing.assert_allclose(row["ACP"], pixels[found].mean())
-        np.testing.assert_allclose(row["gradients"], run.gradient_evals.mean())
-        for k in (8, 16, 24, 50):
-            np.testing.assert_allclose(row[f"ASR@{k}"], (found & (pixels <= k)).mean())
+        np.testing.assert_allclose(row["gradients"], run.gradient_evals[attacked].mean())
+        for k in (50, 100, 400):
+            np.testing.assert_allclose(row[f"ASR@{k}"], (found & (pixels <= k))[attacked].mean())
 
 
 def test_the_table_is_written_in_three_forms(untargeted, tmp_path):
@@ -49,10 +56,15 @@ def test_the_table_is_written_in_three_forms(untargeted, tmp_path):
 
 def test_targeted_gives_best_average_and_worst():
     params, apply_fn, x, y = toy()
-    (one,) = compare(params, apply_fn, x, np.asarray(y), methods=("pgd",), offsets=(1, 2),
-                     num_classes=5, bounds=(-1.0, 1.0))
+    y = misclassified(y)
+    (one,) = compare(params, apply_fn, x, y, methods=("pgd",), offsets=(1, 4), num_classes=5, bounds=(-1.0, 1.0))
     assert [row["over targets"] for row in one.rows] == ["best", "average", "worst"]
-    assert len(one.runs) == 2
+    assert len(one.runs) == 2 and [row["attacked"] for row in one.rows] == [5, 10, 5]
+    for run, offset in zip(one.runs, (1, 4), strict=True):
+        np.testing.assert_array_equal(run.targets, (y + offset) % 5)
+    for name, of in (("gradients", lambda run: run.gradient_evals.sum()),
+                     ("forwards", lambda run: run.forward_evals.sum()), ("s/image", lambda run: run.about["seconds"])):
+        np.testing.assert_allclose([row[name] for row in one.rows], sum(map(of, one.runs)) / 10)
     values = np.stack([np.asarray(metrics.l2_norm(r.x, r.adversarials)) for r in one.runs])
     found = np.stack([r.status == 0 for r in one.runs])
     if found.any():

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,12 @@ from gse_jax.evaluation import (
     open_run,
     verify,
 )
-from gse_jax.evaluation import evaluator
+from gse_jax.evaluation import evaluator, fingerprint
+from gse_jax.evaluation.attacker import Advance, Attacker
+from gse_jax.evaluation.cases import Case, Group
 from gse_jax.evaluation.job import set_up
+from gse_jax.evaluation.recorder import Recorder, flush_size
+from gse_jax.evaluation.store import Finished
 from gse_jax.types import Record
 from tests.evaluation.small_run import CLASSES, PLAN, SHORT, dataset, model, same_runs, table
 from tests.toy_model import small_logits
@@ -171,6 +177,25 @@ def test_another_run_is_refused_with_the_difference(whole, tmp_path, options, li
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_other_targets_in_the_same_file_are_another_run(tmp_path):
+    data, plan = dataset(), Plan(attacks=(AttackPlan(target_file=str(tmp_path / "targets.json")),))
+
+    def found(shift):
+        targets = dict(zip(data.ids, ((data.labels + shift) % CLASSES).tolist()))
+        (tmp_path / "targets.json").write_text(json.dumps(targets))
+        return set_up(plan, model(), data).fingerprint
+
+    (line,) = fingerprint.differences(found(1), found(2))
+    assert line.startswith("gse/targeted_file: targets: ")
+
+
+def test_more_pairs_than_numbers_are_refused():
+    group = Group("gse", None, None, "cifar10", True, (Case("gse/targeted+3", 3, None),))
+    Attacker(None, group, None, num_samples=2**29 - 1, seed=0, lanes=1)
+    with pytest.raises(ValueError, match="split the data"):
+        Attacker(None, group, None, num_samples=2**29, seed=0, lanes=1)
+
+
 def test_a_model_of_the_same_name_that_computes_something_else_is_refused(tmp_path):
     plan = dataclasses.replace(PLAN, attacks=PLAN.attacks[:1])
     evaluate_small(tmp_path, plan, shard=(0, 2), model=shifted(0.0))
@@ -229,8 +254,6 @@ def test_wrong_arguments_are_named_in_one_line(tmp_path, options, kind, line):
 
 def test_other_package_versions_are_refused(whole, tmp_path, monkeypatch):
     run_dir = part_of(whole, tmp_path / "run")
-    from gse_jax.evaluation import fingerprint
-
     real = fingerprint.versions()
     for version, refused in (("0.99.1", True), (f"{real['jax'].rpartition('.')[0]}.99", False)):
         monkeypatch.setattr(fingerprint, "versions", lambda: {**real, "jax": version})
@@ -278,6 +301,29 @@ def test_the_pre_flight_checks_stop_and_may_be_overruled(tmp_path):
     run = evaluate_small(tmp_path, plan, data=wrong, force=True)
     assert run.complete and run.manifest["forced"]
     assert any(finding["severity"] == "error" for finding in run.manifest["findings"])
+
+
+def test_every_target_of_an_image_is_attacked_and_force_alone_overrules_nothing(tmp_path):
+    plan = dataclasses.replace(PLAN, attacks=(AttackPlan(offsets=(2, 3, 4), settings=SHORT),), limit=6)
+    run = evaluate_small(tmp_path, plan, force=True)
+    assert run.complete and len(run.records) == 18 and not run.manifest["forced"] and run.warnings == []
+
+
+@pytest.mark.parametrize("samples, image_bytes, expected", [(256, 3072, 256), (256, 1 << 20, 32), (256, 1 << 30, 1)])
+def test_a_flush_holds_clean_and_adversarial_images_of_64_mib_at_most(samples, image_bytes, expected):
+    assert flush_size(samples, image_bytes) == expected
+
+
+def test_results_are_stored_after_so_many_samples_or_seconds(monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr("gse_jax.evaluation.recorder.time", SimpleNamespace(monotonic=lambda: now[0]))
+    writer = SimpleNamespace(write=lambda finished: written.append(len(finished)))
+    forward = SimpleNamespace(batch=1)
+    with Recorder(writer, forward, (0.0, 1.0), samples=2, seconds=10.0, total=4, resumed=0) as recorder:
+        for now[0], sizes in ((1.0, []), (2.0, [2]), (12.0, [2, 1]), (13.0, [2, 1])):
+            recorder.add(Advance([Finished({}, None, None)], [], 0))
+            assert written == sizes
+    assert written == [2, 1, 1]
 
 
 def test_progress_counts_what_was_done(tmp_path):

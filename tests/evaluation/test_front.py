@@ -3,12 +3,14 @@
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gse_jax
 from gse_jax import evaluation, metrics, report
 from gse_jax.evaluation.cases import resolve
+from gse_jax.evaluation.front import _completed, _front, _Point
 from tests.toy_model import linear_logits, toy
 
 BOUNDS = (-1.0, 1.0)
@@ -49,6 +51,37 @@ def test_a_small_cap_is_completed_by_the_next_larger_one(front):
     assert points.gradient_evals[2] > points.gradient_evals[1]  # both caps are paid for
     assert points.success_within[2] == (points.success[2] & ~beyond).sum() / 5 < points.success_rate[2]
     assert points.success_within[0] == points.success_rate[0]
+
+
+def test_only_images_that_a_cap_misses_are_completed_and_paid_for_twice():
+    every, spent = np.ones(3, bool), np.asarray([[1, 2]] * 3)
+    point = _Point(every, every, np.asarray([True, False, False]), np.full((3, 4), 1.0), spent)
+    larger = _Point(every, every, np.asarray([True, True, False]), np.full((3, 4), 2.0), 10 * spent)
+    both = _completed(point, larger)
+    assert both.success.tolist() == [True, True, False] and both.images[:, 0].tolist() == [1.0, 2.0, 1.0]
+    assert both.spent.tolist() == [[1, 2], [11, 22], [1, 2]]
+
+
+def test_an_attack_that_misses_images_beats_none():
+    every, spent = np.ones(2, bool), np.asarray([[4, 6], [6, 8]])
+    sparser = _Point(every, every, np.asarray([True, False]), np.asarray([[1.0] * 4, [np.nan] * 4]), spent)
+    denser = _Point(every, every, every, np.full((2, 4), 2.0), spent)
+    whole = _front([("a", math.inf, sparser), ("b", math.inf, denser)])
+    assert whole.pareto.tolist() == [False, True] and whole.success_rate.tolist() == [0.5, 1.0]
+    assert whole.image_pareto.tolist() == [[True, False], [False, True]]
+    assert whole.gradient_evals.tolist() == [5.0, 5.0] and whole.forward_evals.tolist() == [7.0, 7.0]
+
+
+def test_images_without_finite_logits_are_attacked_and_not_correct():
+    marked, y = np.full((3, 8, 8, 1), 0.5, np.float32), np.int32([0, 1, 0])
+    marked[0, 0, 0] = 0.0
+
+    def model(_, x):
+        score = jnp.where(x[:, 0, 0, 0] == 0.0, jnp.nan, x.mean((1, 2, 3)))
+        return jnp.stack([score, score - 9], 1)
+
+    point = gse_jax.pareto(None, model, marked, y, methods="pgd")
+    assert point.correct.tolist() == [False, False, True] and point.attacked.tolist() == [True, False, True]
 
 
 def test_means_and_fronts_are_those_of_the_images(front):

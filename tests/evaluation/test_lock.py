@@ -81,12 +81,20 @@ def foreign(tmp_path, age):
     return path
 
 
-def test_a_writer_on_another_machine_is_dead_when_its_heart_has_stopped(tmp_path):
+def test_a_writer_on_another_machine_is_dead_when_its_heart_has_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.time, "sleep", None)  # dead without a wait
     foreign(tmp_path, lock._LONG_AGO + 5)
     with WriterLock(tmp_path, "main", (0, 1)):
         owner = json.loads((tmp_path / "main.lock").read_text())
         assert owner["pid"] == os.getpid()
     assert (tmp_path / "main.lock").read_text() == ""
+
+
+def test_the_kernel_knows_better_than_a_process_number(tmp_path):
+    """Another process may have been given that of the dead one."""
+    (tmp_path / "main.lock").write_text(json.dumps({"host": lock._host(), "pid": os.getppid(), "residue": [0, 1]}))
+    with WriterLock(tmp_path, "main", (0, 1)):
+        pass
 
 
 @pytest.mark.parametrize("broken", ["[]", "7", '{"host"', '{"host": "elsewhere", "pid": 1, "residue": 3}',

@@ -40,7 +40,7 @@ def test_a_true_success_is_measured():
     assert (record["status"], record["success"], record["reason"]) == ("found", True, None)
     assert record["prediction"] not in (LABEL, None)
     assert (record["gradient_evals"], record["forward_evals"], record["tradeoff"]) == (7, 9, 0.25)
-    assert record["changed_pixels"] == 64 and record["num_clusters"] == 1
+    assert record["changed_pixels"] == 64 and record["num_clusters"] == record["patch_count"] == 1  # 8 x 8 patches
     np.testing.assert_allclose(record["l2"], 2 * np.linalg.norm(image - DATA.images[1]))
 
 
@@ -76,6 +76,12 @@ def test_settled_records_hold_no_nan():
     record = settled(task, "quarantined", "torn").record
     assert record["confidence_before"] is record["prediction"] is None
     assert (record["status"], record["reason"], record["success"]) == ("quarantined", "torn", False)
+
+
+@pytest.mark.parametrize("target, prediction, success", [(-1, 3, True), (2, 3, False), (2, 2, True)])
+def test_a_misclassified_image_is_a_success_where_its_class_is_the_wanted_one(target, prediction, success):
+    task = Task(Case("c", 0, None), "gse", Read(1, "s1", DATA.images[1], LABEL, None), target, prediction, 0.5)
+    assert settled(task, "already_misclassified").record["success"] is success
 
 
 def test_a_batch_is_measured_like_single_images():

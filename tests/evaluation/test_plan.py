@@ -154,6 +154,8 @@ def test_target_files(tmp_path):
             case.target("a", 4, 10)
         with pytest.raises(ValueError, match="no target for sample 'c'"):
             case.target("c", 0, 10)
+        with pytest.raises(ValueError, match=r"the target 4, expected another class in \[0, 3\]"):
+            case.target("a", 0, 4)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

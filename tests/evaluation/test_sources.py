@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gse_jax.data import Dataset
+from gse_jax.evaluation.attacker import unusable
 from gse_jax.evaluation.fingerprint import weights_digest
-from gse_jax.evaluation.sources import Reader, as_source, digest_of
+from gse_jax.evaluation.sources import Read, Reader, as_source, digest_of
 from tests.evaluation.small_run import dataset
 
 BOUNDS = (0.0, 1.0)
@@ -68,6 +69,26 @@ def test_weights_without_a_buffer_are_hashed():
     assert weights_digest(weights) != weights_digest(weights + 1)
     values = np.arange(4.0).reshape(2, 2)
     assert weights_digest(values) == weights_digest(np.asfortranarray(values))
+
+
+def test_images_that_leave_the_bounds_on_either_side_are_set_aside():
+    data = dataset()
+    data.images[3, 0, 0], data.images[4, 0, 0], data.images[5, 0, 0] = -0.1, 1.1, np.nan
+    reasons = [sample.reason or "" for sample in Reader(as_source(data), BOUNDS).read_all(range(2, 6))]
+    assert [words in reason for words, reason in zip(("", "from -0.1 to", "to 1.1", "NaN"), reasons)] == [True] * 4
+    assert not reasons[0]
+    with pytest.raises(ValueError, match="none of the first images can be used: .*-0.1"):
+        Reader(as_source(Dataset(data.images[3:5], data.labels[3:5], ("a", "b"))), BOUNDS)
+
+
+def test_the_first_images_are_as_many_as_asked_for():
+    for limit, count in ((None, 40), (41, 40), (40, 40), (39, 39), (1, 1)):
+        assert list(as_source(dataset(), limit).ids) == list(dataset().ids[:count])
+
+
+def test_labels_that_are_no_classes_are_set_aside():
+    reasons = [unusable(Read(0, "a", np.zeros((8, 8, 1)), label, None), None, 5) for label in (-1, 0, 4, 5)]
+    assert reasons == ["label -1 lies outside [0, 4]", None, None, "label 5 lies outside [0, 4]"]
 
 
 def test_no_source():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_a_record_without_its_array_file_does_not_count(tmp_path):
     # A new file must not take the name of the lost one: its record would find other images.
     write_all(tmp_path, [finished(2)])
     assert check_all(tmp_path) == {("a", "s0"), ("a", "s2")}
+
+
+def test_a_file_is_not_overwritten_where_older_records_are_damaged(tmp_path):
+    prepare(tmp_path, 0)
+    write_all(tmp_path, [finished(0)], [finished(1)])
+    path = tmp_path / "records" / "main.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"s0", b"s9"))  # another checksum would belong to it
+    write_all(tmp_path, [finished(2)])
+    assert check_all(tmp_path) == {("a", "s1"), ("a", "s2")}
 
 
 def test_a_writer_tidies_up_after_itself_alone(tmp_path):
@@ -207,6 +217,16 @@ def test_a_directory_that_is_made_holds_nothing(tmp_path):
 def test_no_room_on_the_disk_is_told_before_anything_is_computed(tmp_path):
     with pytest.raises(StoreError, match="MiB of free disk.*free some space"):
         prepare(tmp_path, 1 << 60)
+
+
+def test_room_for_records_and_events_is_left_on_the_disk(tmp_path, monkeypatch):
+    free = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[-1]))
+    free.append(100 + (16 << 20))
+    prepare(tmp_path, 100)
+    free.append(99 + (16 << 20))
+    with pytest.raises(StoreError, match="MiB of free disk"):
+        prepare(tmp_path, 100)
 
 
 def test_a_file_in_the_way_is_told(tmp_path):

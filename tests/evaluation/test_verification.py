@@ -151,6 +151,14 @@ def test_logits_that_are_not_finite_confirm_nothing(whole):
     assert result.cases[record["case"]] == (1, 1, 0, 0, 0, 0) and result.num_problems == 1
 
 
+@pytest.mark.parametrize("inside, unclaimed", [(True, 1), (False, 0)])
+def test_an_image_out_of_bounds_is_no_success_that_was_not_claimed(whole, inside, unclaimed):
+    record = next(r for r in whole.records if r["status"] == "found" and r["target"] is None) | {"success": False}
+    tally = verification._Tally(whole, None, False)
+    tally._judge(record, record["label"], record["label"] + 1, inside, {})
+    assert tally.result().cases[record["case"]] == (1, 0, 0, unclaimed, 1 - unclaimed, 0)
+
+
 @pytest.mark.parametrize("recorded, measured, differs", [
     ({"patch_count": 47_001}, {"patch_count": 47_000}, 1), ({"l2": 1.00001}, {"l2": 1.0}, 0), ({"l2": 1.001}, {"l2": 1.0}, 1)])
 def test_counts_must_be_equal_and_norms_nearly(whole, recorded, measured, differs):
@@ -265,6 +273,13 @@ def test_the_same_model_from_another_script_verifies(run_dir):
         return apply_fn(params, x)
 
     assert verify(run_dir, model=(elsewhere, params)).ok
+    # Of another version of JAX, whose programs differ, the name is all there is.
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest["fingerprint"]["program of the model"] = f"0.1.0 {64 * 'a'}"
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match="model: .*elsewhere"):
+        verify(run_dir, model=(elsewhere, params))
+    assert verify(run_dir, model=model()).ok
 
 
 def test_bounds_are_those_that_the_images_can_hold():

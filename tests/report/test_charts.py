@@ -55,6 +55,10 @@ def test_distribution_names_empty_rows_and_its_numbers():
     svg = charts.distribution_chart(rows, "changed pixels")
     assert "no success" in svg
     assert "n = 5, mean 10.0, median 3.00, middle half 2.00 to 4.00" in svg
+    ends = re.search(r'd="M([\d.]+) \d+H([\d.]+)M([\d.]+) \d+H([\d.]+)" class="line thin"', svg)
+    low, left, right, high = map(float, ends.groups())  # whiskers hold nine tenths, the box a half
+    np.testing.assert_allclose([(right - left) / (high - low), (left - low) / (high - low)], [2 / 31.6, 0.8 / 31.6],
+                               atol=1e-3)
     assert len(re.findall(r"h0", re.search(r'd="([^"]*)" class="dots"', svg)[1])) == 5
     assert charts.distribution_chart(rows[1:], "x") is None
     assert charts.distribution_chart([charts.Series("a", 0, [0.0, 0.0])], "x") is not None

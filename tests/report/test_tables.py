@@ -8,7 +8,7 @@ from tests.report.small_runs import SmallRun, record, run, targeted, untargeted
 
 from gse_jax import metrics, report
 from gse_jax.report import summary
-from gse_jax.report.tables import show_error, show_number, write_tables
+from gse_jax.report.tables import show_error, show_number, show_rate, show_share, write_tables
 
 
 def test_case_numbers_by_hand():
@@ -23,6 +23,10 @@ def test_case_numbers_by_hand():
     # Failures cost evaluations as well: 0, 10, 20, 30 and 40.
     assert (row.spreads["gradient_evals"].mean, row.spreads["gradient_evals"].count) == (20, 5)
     assert row.spreads["forward_evals"].mean == 21
+
+
+def test_the_clean_accuracy_is_of_images_that_were_read():
+    assert summary.clean_accuracy(untargeted() + targeted())[:3] == (5 / 6, 5, 6)
 
 
 def test_wilson_interval():
@@ -51,6 +55,8 @@ def test_an_average_over_equal_targets_is_no_surer_than_one_of_them():
     best, average, _ = summary.summarise_targeted(SmallRun("r", one + two))
     np.testing.assert_allclose(average.rate[3:], best.rate[3:], rtol=0.02)
     np.testing.assert_allclose(average.spreads["l2"].error, best.spreads["l2"].error)
+    other = [record(i, "gse/targeted+2", "not_found" if i % 3 else "found", 4 + i) for i in range(30)]
+    assert summary.summarise_targeted(SmallRun("r", one + other))[1].rate == summary.rate(30, 60)  # no surer than pairs
     every = [r | {"status": "found", "changed_pixels": 1} for r in one + two]
     assert summary.summarise_targeted(SmallRun("r", every))[1].rate.low == summary.rate(30, 30).low
 
@@ -84,6 +90,8 @@ def test_csv_holds_everything_in_full_precision(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and rows[3]["run"] == "second, with comma"
     assert float(rows[0]["asr_attacked"]) == 0.6 and rows[0]["quarantined"] == "1"
+    assert float(rows[0]["asr_attacked_low95"]) < 0.6 < float(rows[0]["asr_attacked_high95"])
+    assert (rows[0]["changed_pixels_mean"], rows[0]["changed_pixels_median"]) == ("6.0", "4.0")
     exact = np.std([2, 4, 12], ddof=1) / np.sqrt(3)
     assert float(rows[0]["changed_pixels_stderr"]) == pytest.approx(exact, rel=1e-12)
     with open(paths[-1], newline="") as file:
@@ -96,7 +104,8 @@ def test_markdown_and_latex(tmp_path):
     report.write_tables([SmallRun("a_b|c & 5%", untargeted())], tmp_path)
     lines = (tmp_path / "summary.md").read_text().splitlines()
     assert lines[0].startswith("| run | case | images | attacked | found | ASR (all)")
-    assert r"a\_b\|c & 5%" in lines[2] and "6.00 ± 3.06" in lines[2] and "60.0 %" in lines[2]
+    assert r"a\_b\|c & 5%" in lines[2]
+    assert lines[2].split(" | ")[2:8] == ["7", "5", "3", "66.7 %", "60.0 %", "6.00 ± 3.06"]
     assert {line.replace(r"\|", "").count("|") for line in lines} == {14}
     latex = (tmp_path / "summary.tex").read_text()
     assert r"a\_b|c \& 5\%" in latex and r"6.00 $\pm$ 3.06" in latex and r"60.0 \%" in latex
@@ -104,6 +113,20 @@ def test_markdown_and_latex(tmp_path):
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert {row.replace(r"\&", "").count("&") for row in rows} == {12}
     assert not (tmp_path / "targeted.csv").exists()
+
+
+def test_a_targeted_table_counts_failures(tmp_path):
+    report.write_tables([SmallRun("r", targeted())], tmp_path)
+    rows = [line.split(" | ")[2:7] for line in (tmp_path / "targeted.md").read_text().splitlines()[2:]]
+    assert rows == [["2", "best", "66.7 %", "1 of 3", "6.00 ± 3.00"],
+                    ["2", "average", "50.0 %", "3 of 6", "5.67 ± 2.22"], ["2", "worst", "33.3 %", "2 of 3", "5.00"]]
+
+
+def test_rates_are_told_from_other_numbers_and_not_rounded_to_all_or_nothing(tmp_path):
+    paths = report.write_table([{"attack": "a", "ASR": 0.5, "ASR@8": None, "ACP": 0.5}], tmp_path / "table")
+    assert paths[1].read_text().splitlines()[2] == "| a | 0.500 | \u2013 | 0.50 |"
+    assert list(map(show_rate, (0.0, 1e-5, 0.99996, 1.0))) == ["0.000", "0.001", "0.999", "1.000"]
+    assert list(map(show_share, (0.0, 1e-5, 0.99996, 1.0, None))) == ["0.0 %", "0.1 %", "99.9 %", "100.0 %", "\u2013"]
 
 
 def test_missing_numbers_are_dashes_not_zeros(tmp_path):

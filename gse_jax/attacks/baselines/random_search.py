@@ -34,9 +34,6 @@ from gse_jax.attacks.baselines.record import (
 )
 from gse_jax.ops import cross_entropy, signed_margin
 
-# Margins closer to zero than this do not replace a pattern; of the reference.
-_MARGIN = -1e-6
-
 
 @dataclasses.dataclass(frozen=True)
 class SparseRSSettings:
@@ -158,8 +155,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         sample = state.sample
         success = is_success(state.record, sample, evaluation, point(state), targeted)
         clean = state.record.forward_evals == 0
-        margin = signed_margin(evaluation.logits, wanted_label(sample, targeted), targeted=targeted)
-        better = ~clean & ((evaluation.loss < state.loss) | (margin < _MARGIN))
+        better = ~clean & (evaluation.loss < state.loss)
         query = jnp.where(clean, 0, state.query + 1)
         exhausted = query >= settings.max_queries
         restart = state.restart + exhausted.astype(jnp.int32)
