@@ -341,6 +341,15 @@ def _memory(name, script):
         "images and results, MiB": "{images_mib:.0f}"}, script)
 
 
+def compile_for_tpu():
+    """What the compiler for a TPU says of every attack."""
+    return _table("compile_for_tpu", {
+        "attack": "`{method}`", "chips": "{devices} {chip}", "lanes per device": "{lanes:,}",
+        "lanes, queue and parked images, MiB": "{arguments_mib:.0f}", "temporaries, MiB": "{temporaries_mib:,.0f}",
+        "exchanges between devices": "{collectives}", "transfers to the host": "{host_transfers}"},
+        "{command}, images of 32 x 32, two convolutions as the model; compiled, not run")
+
+
 def compile_time():
     """Seconds before the first result."""
     return _compile_time("compile_time", "16 images of 32 x 32 on two CPU devices", 24)
@@ -371,7 +380,7 @@ def main(check=False):
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
               (SPEED, memory), (SPEED, lanes), (SPEED, many_lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
-              (SPEED, compile_time), (SPEED, start_gpu), (TRAINING, training), (TRAINING, tuning), (TRAINING, reverse_memory))
+              (SPEED, compile_for_tpu), (SPEED, compile_time), (SPEED, start_gpu), (TRAINING, training), (TRAINING, tuning), (TRAINING, reverse_memory))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
     stale = []
     for page, name, block in blocks:

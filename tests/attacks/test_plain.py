@@ -7,7 +7,7 @@ import pytest
 
 import gse_jax
 from gse_jax import GSEHyperparams, GSESettings, Status, ops
-from gse_jax.attacks.baselines import homotopy_steps, random_search_moves
+from gse_jax.attacks.baselines import random_search_moves
 from gse_jax.attacks.baselines import perturbation_factorization_steps as sapf_steps
 from gse_jax.attacks.baselines.group_mirror_descent import GSMDHyperparams, GSMDSettings
 from gse_jax.attacks.baselines.homotopy import HomotopyHyperparams, HomotopySettings
@@ -415,7 +415,7 @@ def test_sparse_pgd_at_any_hyperparameters(unprojected, targeted):
 
 @pytest.mark.parametrize("targeted", [True, pytest.param(False, marks=SLOW)])
 def test_sparse_rs_at_any_budget(targeted):
-    settings, alpha, found = SparseRSSettings(9, max_queries=20, num_restarts=3), 0.5, 0
+    settings, alpha = SparseRSSettings(9, max_queries=20, num_restarts=3), 0.5
     move = jax.jit(lambda key, pattern, query, begin: random_search_moves.move_pixels(
         key, pattern, 9, random_search_moves.redrawn_fraction("l0", query, 20, jnp.asarray(alpha)), begin))
 
