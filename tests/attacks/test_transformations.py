@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import gse_jax
-from gse_jax.attacks import program
+from gse_jax.attacks import METHODS, api, program
 from gse_jax.attacks.gse import GSESettings
 from gse_jax.attacks.program import hashable
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
+from gse_jax.differentiable import boundary, unrolled
 from tests.toy_model import toy, toy_logits
 
 SETTINGS = GSESettings(num_runs=6, max_steps=40, phase1_steps=20)  # as in `test_engine.py`: one program less
@@ -326,3 +327,33 @@ def test_differentiable_attacks_keep_nothing_of_a_model_for_one_call(caplog):
     assert not any(type(one) is program._Once for one in gc.get_objects())
     told = [record.message for record in caplog.records if "NNX" in record.message]
     assert len(told) == 1 and "from_nnx" in told[0]
+
+
+def lowered_for_tpu(monkeypatch, run, *arguments):
+    """The program of a TPU, as text."""
+    for module in (api, unrolled, boundary):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attacks_hold_nothing_that_a_tpu_lacks(method, monkeypatch):
+    """No call of LAPACK or the like; `benchmarks/compile_for_tpu.py` compiles what is lowered here."""
+    kernel, x, y = np.ones((768, 4), np.float32), np.full((1, 16, 16, 3), 0.5, np.float32), np.zeros(1, np.int32)
+    segments = np.arange(256, dtype=np.int32).reshape(1, 16, 16) // 9
+    monkeypatch.setattr(api, "segments_of", lambda method, *_: segments if method.segment else None)
+    text = lowered_for_tpu(monkeypatch, lambda kernel, x: gse_jax.attack(
+        kernel, lambda w, x: x.reshape(len(x), -1) @ w, x, y, method=method).adversarials, kernel, x)
+    assert "custom_call" not in text and "stablehlo.while" in text
+
+
+def test_differentiable_attacks_hold_nothing_that_a_tpu_lacks(monkeypatch):
+    kernel, x, y = linear_model()
+    model = lambda w, x: x.reshape(len(x), -1) @ w
+
+    def far(kernel, x):
+        unrolled = gse_jax.differentiable_attack(kernel, model, x, y, tradeoff=1e-4, num_steps=2)
+        implicit = gse_jax.implicit_attack(kernel, model, x, y, adversarials=0.9 * x, num_steps=2)
+        return unrolled.adversarials.sum() + implicit.adversarials.sum()
+
+    assert "custom_call" not in lowered_for_tpu(monkeypatch, jax.grad(far, (0, 1)), kernel, x)
