@@ -3,9 +3,9 @@
     pip install "jax[tpu]"      # its compiler works for chips that are not there
     JAX_PLATFORMS=cpu python benchmarks/compile_for_tpu.py [--topology v5e:2x2] [--methods gse pgd]
 
-The model has two convolutions, so what is read is what the attack adds. Memory is of one device, as the compiler
-reserves it: `arguments` are the lanes, queues and parked images, `donated` the part of them that the outputs take over, and
-`temporaries` what lives inside the loop. Nothing is run, so this says nothing about speed.
+The model has two convolutions, so that what is read is nearly what the attack adds. Memory is of one device, as the
+compiler reserves it: `arguments` are the lanes, queues and parked images, `donated` the part of them that the outputs
+take over, `temporaries` all else that the program keeps but for its outputs. Nothing runs, so this tells no speed.
 """
 
 import os
@@ -20,15 +20,13 @@ import numpy as np
 from jax.experimental import topologies
 
 import results_file
-from gse_jax.attacks import program as programs
+from gse_jax.attacks import program as programs, runner
+from gse_jax.attacks.algorithm import Sample
 from gse_jax.attacks.lanes import LanesState, Parked, Queue
 from gse_jax.attacks.packing import parked_places
 from gse_jax.attacks.registry import METHODS
-from gse_jax.attacks.runner import as_key, default_lanes_per_device
-from gse_jax.attacks.algorithm import Sample
 
 SHAPE = (32, 32, 3)
-QUEUE_PER_LANE = 8
 COLLECTIVES = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 TRANSFERS = r"(?:infeed|outfeed|send|recv)\(|S\(5\)|xla_python"  # S(5) is the host's memory
 MIB = 2**20
@@ -55,10 +53,11 @@ def compiled(method, mesh, lanes):
     settings, hyperparams = row.preset("cifar10", False)
     hyperparams = jax.tree.map(lambda h: jnp.asarray(h, jnp.float32), hyperparams)
     program = programs.Program(apply_fn, row.bind, settings, False, (0.0, 1.0), rewrite_convolutions=False)
-    key, devices = as_key(0), mesh.size
+    per_lane, key, devices = runner._QUEUE_PER_LANE, runner.as_key(0), mesh.size
     segmented = row.segment is not None and row.segment(settings, np.zeros((0, *SHAPE))) is not None
     number = np.zeros((), np.int32)
-    one = Sample(np.zeros(SHAPE, np.float32), number, number, number, np.zeros(SHAPE[:2], np.int32) if segmented else None)
+    segments = np.zeros(SHAPE[:2], np.int32) if segmented else None
+    one = Sample(np.zeros(SHAPE, np.float32), number, number, number, segments)
 
     def placed(tree, sharding, *leading):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*leading, *a.shape), a.dtype, sharding=sharding), tree)
@@ -68,8 +67,8 @@ def compiled(method, mesh, lanes):
     count = placed(number, split, devices)
     at_work = lambda places: placed(LanesState(state, number), split, places * devices)
     fixed = placed((params, hyperparams, key), whole)
-    return programs.on_mesh(program, mesh, (1 + QUEUE_PER_LANE) * lanes).trace(
-        *fixed, at_work(lanes), Queue(placed(one, split, QUEUE_PER_LANE * lanes * devices), count, count),
+    return programs.on_mesh(program, mesh, (1 + per_lane) * lanes).trace(
+        *fixed, at_work(lanes), Queue(placed(one, split, per_lane * lanes * devices), count, count),
         Parked(at_work(parked_places(lanes)), count, count), placed(number, whole),
     ).lower(lowering_platforms=("tpu",)).compile()
 
@@ -87,15 +86,17 @@ def main():
         print(f"no compiler for a TPU, so nothing is compiled: {str(error).splitlines()[0]}")
         return
     mesh = programs.make_mesh(devices)
-    lanes = args.lanes or (8 if args.smoke else default_lanes_per_device("tpu", *SHAPE[:2]))
+    lanes = args.lanes or (8 if args.smoke else runner.default_lanes_per_device("tpu", *SHAPE[:2]))
     rows = []
     for method in args.methods[:1] if args.smoke else args.methods:
         program = compiled(method, mesh, lanes)
         memory, text = program.memory_analysis(), program.as_text()
         rows.append({"method": method, "chip": devices[0].device_kind, "devices": mesh.size, "lanes": lanes,
-                     "arguments_mib": memory.argument_size_in_bytes / MIB, "donated_mib": memory.alias_size_in_bytes / MIB,
+                     "arguments_mib": memory.argument_size_in_bytes / MIB,
+                     "donated_mib": memory.alias_size_in_bytes / MIB,
                      "temporaries_mib": memory.temp_size_in_bytes / MIB,
-                     "collectives": len(re.findall(COLLECTIVES, text)), "host_transfers": len(re.findall(TRANSFERS, text))})
+                     "collectives": len(re.findall(COLLECTIVES, text)),
+                     "host_transfers": len(re.findall(TRANSFERS, text))})
         results_file.show(rows[-1])
     results_file.write("compile_for_tpu", args, rows)
 

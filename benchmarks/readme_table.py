@@ -380,7 +380,8 @@ def main(check=False):
               (README, efficiency_gpu), (SPEED, profile), (SPEED, memory_gpu), (REFINEMENT, refinement),
               (SPEED, giving_up), (SPEED, scaling_small), (SPEED, scaling_real), (SPEED, scaling_full),
               (SPEED, memory), (SPEED, lanes), (SPEED, many_lanes), (SPEED, tail), (SPEED, versus), (SPEED, versus_gpu),
-              (SPEED, compile_for_tpu), (SPEED, compile_time), (SPEED, start_gpu), (TRAINING, training), (TRAINING, tuning), (TRAINING, reverse_memory))
+              (SPEED, compile_for_tpu), (SPEED, compile_time), (SPEED, start_gpu), (TRAINING, training), (TRAINING, tuning),
+              (TRAINING, reverse_memory))
     blocks = [(page, table.__name__, "\n".join(table())) for page, table in tables]  # all, or nothing
     stale = []
     for page, name, block in blocks:
