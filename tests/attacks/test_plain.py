@@ -18,7 +18,6 @@ from gse_jax.attacks.baselines.projected_gradient_descent_l0 import PGD0Hyperpar
 from gse_jax.attacks.baselines.random_search import SparseRSHyperparams, SparseRSSettings
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroHyperparams, SigmaZeroSettings
 from gse_jax.attacks.baselines.sparse_frank_wolfe import SAIFHyperparams, SAIFSettings
-from gse_jax.attacks.baselines.sparse_projected_gradient_descent import SparsePGDHyperparams, SparsePGDSettings
 from gse_jax.attacks.segmentation import slic_segments
 from tests.toy_model import small_logits
 
@@ -376,41 +375,6 @@ def test_saif_at_any_settings(targeted):
         params = SAIFHyperparams(radius)
         found += found_as(plain, targeted, "saif", settings, params)
     assert 0 < found < 2 * COUNT
-
-
-@pytest.mark.parametrize("unprojected, targeted", [
-    (True, True), pytest.param(True, False, marks=SLOW), pytest.param(False, True, marks=SLOW), (False, False)])
-def test_sparse_pgd_at_any_hyperparameters(unprojected, targeted):
-    pixels = 2 if unprojected and not targeted else 4
-    settings = SparsePGDSettings(pixels, max_steps=14, unprojected=unprojected, patience=2)
-    params = SparsePGDHyperparams(0.8, 0.3, 0.2)
-
-    def plain(at, key):
-        inside = lambda w: np.clip(np.clip(w, -params.radius, params.radius), at.lower, at.upper)
-        draw = lambda step: np.asarray(jax.random.normal(
-            jax.random.fold_in(jax.random.fold_in(key, 1), step), SHAPE[:2], jnp.float64))
-        start = jax.random.uniform(jax.random.fold_in(key, 0), SHAPE, jnp.float64, -1.0, 1.0)
-        w, scores, unchanged = inside(params.radius * np.asarray(start)), draw(0), 0
-        for step in range(15):
-            kept = largest(scores, pixels)
-            point = np.where(kept[..., None], w, 0.0)
-            if at.fools(point):
-                return point, step + 2
-            gap = at.logits(point)[at.y] - np.delete(at.logits(point), at.y).max()
-            gradient = -at.margin(point)[1] if gap < 0.5 else at.climb(point)
-            soft = 1 / (1 + np.exp(-scores))
-            gain = (gradient * w).sum(-1) * soft * (1 - soft)
-            after = scores + params.mask_step_size * np.sqrt(gain.size) * gain / (np.linalg.norm(gain) + 1e-10)
-            if unchanged >= 2:
-                scores, unchanged = draw(step + 1), 1
-                continue
-            moves = 1.0 if unprojected else kept[..., None]
-            w = inside(w + params.step_size * params.radius * np.sign(gradient * moves))
-            unchanged = unchanged + 1 if (largest(after, pixels) == kept).all() else 0
-            scores = after
-        return np.zeros(SHAPE), 16
-
-    assert 0 < found_as(plain, targeted, "sparse_pgd", settings, params) < COUNT
 
 
 @pytest.mark.parametrize("targeted", [True, pytest.param(False, marks=SLOW)])

@@ -1,4 +1,4 @@
-"""StrAttack, Sparse-PGD in rows, columns and patches, and GSMD on superpixels against plain NumPy loops."""
+"""StrAttack, Sparse-PGD with every structure, and GSMD on superpixels against plain NumPy loops."""
 
 import jax
 import jax.numpy as jnp
@@ -198,11 +198,15 @@ def _folded(key, *counters):
     return key
 
 
-@pytest.mark.parametrize("targeted, settings", first_quick(
-    SparsePGDSettings(num_pixels=17, max_steps=15, structure="patch", pattern=PATTERN, stride=2, patience=2),
-    SparsePGDSettings(num_pixels=30, max_steps=15, structure="row"),
-    SparsePGDSettings(num_pixels=26, max_steps=12, structure="column"),
-    SparsePGDSettings(num_pixels=15, max_steps=15, structure="patch", pattern=PATTERN, unprojected=False)))
+@pytest.mark.parametrize("targeted, settings", [
+    *first_quick(
+        SparsePGDSettings(num_pixels=17, max_steps=15, structure="patch", pattern=PATTERN, stride=2, patience=2),
+        SparsePGDSettings(num_pixels=5, max_steps=15),
+        SparsePGDSettings(num_pixels=30, max_steps=15, structure="row"),
+        SparsePGDSettings(num_pixels=26, max_steps=12, structure="column"),
+        SparsePGDSettings(num_pixels=15, max_steps=15, structure="patch", pattern=PATTERN, unprojected=False)),
+    *(pytest.param(targeted, SparsePGDSettings(num_pixels=5, max_steps=15, unprojected=False, patience=1),
+                   marks=SLOW if targeted else []) for targeted in (False, True))])
 def test_sparse_pgd(targeted, settings):
     compare("sparse_pgd", plain_sparse_pgd, targeted, [(settings, SparsePGDHyperparams(*values)) for values in (
         (), (0.7, 0.1, 1.0), (0.4, 0.5, 0.05))], key=jax.random.key(5))
