@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gse_jax import ops
+from gse_jax.ops import bregman
 
 
 def problem(seed, shape=(8, 9, 3), per_axis=3):
@@ -19,11 +20,12 @@ def group_maxima(x, cells):
     return np.asarray([np.abs(x)[cells == g].max() for g in range(cells.max() + 1)])
 
 
+@pytest.mark.parametrize("shape", [(8, 9, 3), (14, 15, 3)])  # of at most 36 and of 60 to 90 members
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [0.05, 1.0, 3.0, 9.0])
-def test_optimality_conditions(seed, budget):
+def test_optimality_conditions(shape, seed, budget):
     """Primal and dual feasibility, complementary slackness and stationarity of every group."""
-    z, cells, lower, upper = problem(seed)
+    z, cells, lower, upper = problem(seed, shape)
     x = np.asarray(ops.project_group_maxima(jnp.asarray(z), cells, budget, lower, upper))
     assert (x >= lower).all() and (x <= upper).all()
     radii = group_maxima(x, cells)
@@ -83,3 +85,15 @@ def test_zero_and_uneven_cells():
     zero = jnp.zeros((7, 8, 1))
     x = jax.jit(lambda z: ops.project_group_maxima(z, cells, 1.0, zero - 1.0, zero + 1.0))(zero)
     np.testing.assert_array_equal(x, zero)
+
+
+@pytest.mark.parametrize("shape", [(8, 9, 3), (7, 7, 1), (3, 3, 1)])
+def test_small_groups_are_projected_as_large_ones_are(shape, monkeypatch):
+    """Also where members tie, at their bounds or below."""
+    z, cells, lower, upper = problem(5, shape)
+    z, lower, upper = np.round(z, 1), np.round(lower, 1), np.round(upper, 1)
+    small = ops.project_group_maxima(jnp.asarray(z), cells, 1.0, lower, upper)
+    monkeypatch.setattr(bregman, "_MOST_PAIRED", 0)
+    large = ops.project_group_maxima(jnp.asarray(z), cells, 1.0, lower, upper)
+    np.testing.assert_allclose(small, large, rtol=0, atol=1e-13)
+    assert 0 < np.count_nonzero(large) and not np.isclose(np.abs(large), np.expm1(np.abs(z))).all()
