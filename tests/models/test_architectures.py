@@ -146,6 +146,9 @@ def test_a_tensor_too_many_or_of_another_shape_is_refused(tmp_path):
     vit = NETWORKS["vit_b_16"]
     with pytest.raises(ValueError, match="has 4 positions, 128 features"):
         load("vit_b_16", {**vit, "pos_embed": vit["pos_embed"][:, :4]}, tmp_path)
+    small_patches = {**vit, "patch_embed.proj.weight": vit["patch_embed.proj.weight"][:, :, :8, :8]}
+    with pytest.raises(ValueError, match="patches of 8 pixels; expected .* and 16$"):
+        load("vit_b_16", small_patches, tmp_path)
 
 
 def test_vit_refuses_images_of_another_size(tmp_path):

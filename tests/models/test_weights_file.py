@@ -13,6 +13,7 @@ from tests.models.numpy_resnet import random_tensors
 from safetensors.numpy import load_file, save_file
 
 from gse_jax import models
+from gse_jax.models.weights_file import plain_name, to_params
 
 SHAPE = dict(blocks=3, widths=(2, 4, 6), num_classes=4, num_channels=3)
 TENSORS = random_tensors(np.random.default_rng(0), **SHAPE)
@@ -37,6 +38,17 @@ def test_other_spellings_of_the_same_weights(tmp_path):
     spellings.append(jax.tree.leaves(load(str(tmp_path / "weights.npz"))[1]))
     for leaves in spellings:
         assert all(np.array_equal(a, b) for a, b in zip(leaves, expected, strict=True))
+
+
+def test_only_the_front_of_a_name_is_dropped():
+    assert plain_name("module.fc.bias") == "linear.bias"
+    assert plain_name("blocks.module.fc.bias") == "blocks.module.fc.bias"
+
+
+def test_a_weight_of_rank_3_has_no_name_here():
+    with pytest.raises(ValueError, match=r"unexpected tensor conv.weight of shape \(2, 3, 5\)"):
+        to_params({"conv.weight": np.zeros((2, 3, 5), np.float32)})
+    assert to_params({"cls_token": np.zeros((1, 1, 4))})["cls_token"].shape == (1, 1, 4)
 
 
 def test_half_precision_files_are_widened(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from gse_jax.ops import advance_line_search, start_line_search
+from gse_jax.ops import advance_line_search, line_search, start_line_search
 
 ADVANCE = jax.jit(advance_line_search)
 
@@ -79,6 +79,21 @@ def test_trials_are_those_of_scipy_for_any_values(seed):
                              method="bounded", options={"xatol": 1e-9, "maxiter": 10})
     _, trials, _ = search(lambda t, values=iter(values): next(values), 10)
     np.testing.assert_allclose(trials, theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("minimum", [0.001, 0.137, 0.999])  # at the left border, inside, at the right one
+def test_with_scipy_s_tolerances_all_trials_are_scipy_s(minimum, monkeypatch):
+    theirs, tolerance = [], 3e-3
+    loss = lambda t: (t - minimum) ** 2
+    optimize.minimize_scalar(lambda t: theirs.append(t) or loss(t), bounds=(0.0, 1.0), method="bounded",
+                             options={"xatol": tolerance})
+    monkeypatch.setattr(line_search, "_RELATIVE", np.sqrt(2.2e-16))
+    monkeypatch.setattr(line_search, "_ABSOLUTE", tolerance / 3.0)
+    state, trials = start_line_search(jnp.asarray(0.3819660112501051)), []
+    for _ in theirs:
+        trials.append(float(state.trial))
+        state = advance_line_search(state, jnp.asarray(loss(trials[-1])))
+    np.testing.assert_allclose(trials, theirs, rtol=1e-12)
 
 
 def test_a_flat_function_and_a_nan_stay_inside():
