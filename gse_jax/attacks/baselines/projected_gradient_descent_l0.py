@@ -120,13 +120,13 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
     def start(sample: Sample, restart):
         draw = jax.random.uniform(key_of(key, sample, restart), sample.x.shape, sample.x.dtype)
         if not settings.sigma_map:
-            return project(sample, draw)
+            return draw
         clean, kappa = unit(sample), hyperparams.kappa
         if sample.x.shape[-1] == 1:  # uniform in what one channel may reach, as published
             reach = kappa * sigma_map(clean)
             low_end, high_end = jnp.maximum(-reach, -clean), jnp.minimum(reach, 1.0 - clean)
-            return project(sample, clean + low_end + draw * (high_end - low_end))
-        return project(sample, jnp.clip(clean + kappa * (2.0 * draw - 1.0), 0.0, 1.0))
+            return clean + low_end + draw * (high_end - low_end)
+        return jnp.clip(clean + kappa * (2.0 * draw - 1.0), 0.0, 1.0)
 
     def init(sample: Sample) -> PGD0State:
         zero = jnp.zeros((), jnp.int32)
@@ -154,7 +154,7 @@ def bind(settings, hyperparams, *, targeted, bounds, key) -> Algorithm:
         begin = clean | exhausted
         return PGD0State(
             sample=state.sample,
-            image=jnp.where(begin, start(state.sample, restart), project(state.sample, moved)),
+            image=project(state.sample, jnp.where(begin, start(state.sample, restart), moved)),
             step=jnp.where(begin, 0, state.step + 1),
             restart=restart,
             record=note(state.record, state.sample, evaluation, point(state), jnp.zeros((), state.image.dtype),
