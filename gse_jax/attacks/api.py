@@ -94,6 +94,29 @@ def attack(
     return call.run(setup, None, progress, method)
 
 
+def attack_chosen(params, apply_fn: ApplyFn, x, y, chosen, *, targets=None, method: str = "gse", settings=None,
+                  hyperparams=None, bounds: Bounds = (0.0, 1.0), key=None, lanes: int | None = None,
+                  progress: Callable[[Progress], None] | None = None) -> AttackResult:
+    """Attack some images of a batch with the random numbers that `attack` on the whole batch gives them.
+
+    Args:
+        params, apply_fn, x, y, targets, method, settings, hyperparams, bounds, key, lanes, progress: as in
+            `attack`; arrays.
+        chosen: [M] int32, which images; ascending.
+
+    Returns:
+        AttackResult of M images.
+
+    Raises:
+        TypeError: as `attack`.
+        ValueError: as `attack`.
+    """
+    call = _Call(params, apply_fn, x[chosen], y[chosen], None if targets is None else targets[chosen],
+                 bounds, lanes, "highest")
+    setup = call.set_up(find_method(method), settings, hyperparams, key)
+    return call.run(setup, None, progress, method, chosen)
+
+
 def refine(
     params,
     apply_fn: ApplyFn,
@@ -146,7 +169,7 @@ def refine(
         raise TypeError("adversarials must be images [N, H, W, C], got an AttackResult; pass "
                         "result.adversarials")
     call = _Call(params, apply_fn, x, y, targets, bounds, lanes, precision)
-    adversarials = _as_array("adversarials", adversarials)
+    adversarials = validation.as_array("adversarials", adversarials)
     validation.check_adversarials(adversarials, call.x, call.bounds)
     unit = 0.5 * (call.bounds[1] - call.bounds[0])  # the hyperparameters are for range width 2
     caps = {name: cap for name, cap in (("max_l2", max_l2), ("max_linf", max_linf)) if cap is not None}
@@ -189,6 +212,8 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
     validation.check_count("lanes", lanes, 1)
     validation.check_count("num_images", num_images, 0)
     check_precision(precision)
+    if not isinstance(targeted, (bool, np.bool_)):
+        raise TypeError(f"targeted must be True or False, got {type(targeted).__name__}; targets come in the batches")
     image_shape, params = tuple(image_shape), _on_this_process(params)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     validation.check_images(np.zeros((0, *image_shape), dtype), bounds)
@@ -199,7 +224,7 @@ def attack_stream(params, apply_fn: ApplyFn, batches: Iterable[Sample], *, image
         for batch in batches:
             sample = Sample(*(np.asarray(a) for a in batch))
             # A copy: several batches wait in the queues, and a loader may fill one buffer again and again.
-            sample = sample._replace(x=np.array(_as_array("x", sample.x)))
+            sample = sample._replace(x=np.array(validation.as_array("x", sample.x)))
             validation.check_images(sample.x, bounds)
             if sample.x.shape[1:] != image_shape or sample.x.dtype != dtype:
                 raise ValueError(f"a batch has images {list(sample.x.shape[1:])} "
@@ -250,8 +275,8 @@ class _Call:
         validation.check_count("lanes", lanes, 1)
         check_precision(precision)
         self.params, self.apply_fn = _on_this_process(params), apply_fn
-        self.x, self.y = _as_array("x", x), _as_array("y", y)
-        self.targets = None if targets is None else _as_array("targets", targets)
+        self.x, self.y = validation.as_array("x", x), validation.as_array("y", y)
+        self.targets = None if targets is None else validation.as_array("targets", targets)
         self.lanes, self.precision = lanes, precision
         validation.check_images(self.x, self.bounds)
         _check_label_shapes(self.y, self.targets, self.x.shape[0])
@@ -262,14 +287,16 @@ class _Call:
         _check_label_values(self.y, self.targets, setup.num_classes)
         return setup
 
-    def run(self, setup: _Setup, starts, progress, method) -> AttackResult:
+    def run(self, setup: _Setup, starts, progress, method, chosen=None) -> AttackResult:
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function that takes a Progress, or None, got {progress!r}")
         x, y, targets, count = self.x, self.y, self.targets, self.x.shape[0]
         traced = setup.staged or validation.is_traced(self.params, x, y, targets, starts,
                                                       setup.hyperparams, setup.key)
         array = jnp.asarray if traced else np.asarray
         goal = np.full(count, -1) if targets is None else targets
         samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
-                         np.arange(count, dtype=np.int32), setup.segment(x),
+                         np.asarray(range(count) if chosen is None else chosen, np.int32), setup.segment(x),
                          None if starts is None else array(starts))
         params = self.params
         arguments = (params, setup.hyperparams, setup.key, samples)
@@ -362,19 +389,6 @@ def _check_label_values(y, targets, num_classes):
     if targets is not None:
         validation.check_label_values("targets", targets, num_classes)
         validation.check_targets_differ(y, targets)
-
-
-def _as_array(name, value):
-    """Return an array without copying one; lists are accepted, and float64 where JAX has only float32."""
-    images = name in ("x", "adversarials")
-    if hasattr(value, "ndim") and hasattr(value, "dtype"):
-        if images and isinstance(value, np.ndarray) and value.dtype == np.float64:
-            return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
-        return value
-    try:
-        return np.asarray(value, np.float32) if images else np.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None
 
 
 def _empty_outcome(setup, samples):

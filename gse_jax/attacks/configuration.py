@@ -7,10 +7,10 @@ References:
     arXiv 2311.17434, appendix (settings of the compared attacks).
 """
 
+import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 DOMAINS = ("original", "gse_paper", "cifar10", "imagenet")
@@ -48,13 +48,18 @@ def check_types(method: str, settings, hyperparams, settings_type, hyperparams_t
         hyperparams_type: what is expected.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for anything else, and for a switch that is not True or False.
     """
     for name, value, expected in (("settings", settings, settings_type),
                                   ("hyperparams", hyperparams, hyperparams_type)):
         if not isinstance(value, expected):
             raise TypeError(f"{name} must be a {expected.__name__}, got {type(value).__name__}; "
                             f"start from gse_jax.preset({method!r}, 'cifar10') or 'imagenet'")
+    for field in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+        value = getattr(settings, field.name)
+        # Any text is true in Python, "false" too.
+        if isinstance(field.default, bool) and not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"settings.{field.name}={value!r} must be True or False")
 
 
 def check_whole_numbers(settings, smallest: dict[str, int], prefix: str = "settings.") -> None:
@@ -102,11 +107,15 @@ def known_numbers(hyperparams):
         ValueError: for one that is no single number.
     """
     for name, value in hyperparams._asdict().items():
-        if jnp.shape(value) != ():
+        if np.shape(value) != ():
             raise ValueError(f"hyperparams.{name} must be one number, got shape "
-                             f"{list(jnp.shape(value))}; to sweep it use jax.vmap over hyperparams")
+                             f"{list(np.shape(value))}; to sweep it use jax.vmap over hyperparams")
         if not isinstance(value, jax.core.Tracer):
-            yield name, float(value)
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"hyperparams.{name}={value!r} must be a number") from None
+            yield name, number
 
 
 def check_numbers(hyperparams, may_be_zero=(), at_most_one=()) -> None:

@@ -51,7 +51,7 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method={name!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
     return METHODS[name]
 

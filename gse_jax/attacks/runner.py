@@ -333,7 +333,7 @@ def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int 
 
     Args:
         program, params, hyperparams, key, lanes: as in `stream`.
-        samples: NumPy arrays with leading axis N >= 1, `sample_id` = 0 ... N - 1.
+        samples: NumPy arrays with leading axis N >= 1, `sample_id` ascending.
         progress: called with a `Progress` after every bounded stretch of work.
 
     Returns:
@@ -348,7 +348,7 @@ def run(program: Program, params, hyperparams, key, samples: Sample, lanes: int 
             results = jax.tree.map(lambda a: np.zeros((total, *a.shape[1:]), a.dtype),
                                    stretch.outcome)
         for store, new in zip(results, stretch.outcome):
-            store[stretch.sample_ids] = new
+            store[np.searchsorted(samples.sample_id, stretch.sample_ids)] = new
         done += len(stretch.sample_ids)
         lane_evals += stretch.lane_evals
         if progress is not None:

@@ -5,6 +5,8 @@ caller's own `jit` or `vmap`; there an impossible label makes the loss NaN and t
 `Status.NON_FINITE` instead of being "fooled".
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,35 @@ def check_bounds(bounds) -> tuple[float, float]:
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise ValueError(f"bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
     return low, high
+
+
+def as_array(name, value):
+    """Return an array without copying one; lists are accepted, and float64 where JAX has only float32.
+
+    Args:
+        name: of the argument; images by "x" and "adversarials".
+        value: what came.
+
+    Returns:
+        NumPy or JAX array.
+
+    Raises:
+        TypeError: for anything else, arrays of other libraries included.
+    """
+    images = name in ("x", "adversarials")
+    if hasattr(value, "ndim") and hasattr(value, "dtype"):
+        try:
+            np.dtype(value.dtype)
+        except TypeError:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"{name} must be a NumPy or JAX array, got a {kind}; use numpy.asarray({name})") from None
+        if images and isinstance(value, np.ndarray) and value.dtype == np.float64:
+            return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+        return value
+    try:
+        return np.asarray(value, np.float32) if images else np.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None
 
 
 def rounded(bounds, dtype) -> tuple[float, float]:
@@ -101,6 +132,9 @@ def check_images(x, bounds) -> None:
         first = int(np.argmax(~np.isfinite(np.asarray(x)).all(axis=(1, 2, 3))))
         raise ValueError(f"x must be finite, image {first} holds NaN or infinite pixels; "
                          "remove or repair it")
+    if (low, high) == (0.0, 255.0) and 0.0 < highest <= 1.0:
+        warnings.warn(f"x has values up to {highest:.3g} only, inside bounds=(0, 255); images in [0, 1] take "
+                      "bounds=(0., 1.)", stacklevel=4)
     if lowest < low or highest > high:
         rounding = max(low - lowest, highest - high) < 1e-5 * (high - low)
         bytes_ = (low, high) == (0.0, 1.0) and lowest >= 0.0 and 50.0 < highest <= 255.0

@@ -105,7 +105,8 @@ def _pareto(args):
     figure = report.front_plot(choose(front.means), choose(front.success_rate == 1.0))
     written += report.save_figure(figure, folder / "front")
     print(written[1].read_text(encoding="utf-8"))
-    print("an image that a cap leaves without success keeps that of the next larger cap: 'within the cap' "
-          "is without those")
+    if "gse_refined" in front.methods:  # the only one that takes a cap
+        print("an image that a cap leaves without success keeps that of the next larger cap: 'within the cap' "
+              "is without those")
     print(output.clean_accuracy(int(front.correct.sum()), len(front.correct)))
     print("written: " + ", ".join(map(str, (*written, folder / "front.npz"))))

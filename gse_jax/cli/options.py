@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts become values."""
 
+import warnings
 from pathlib import Path
 
 DATA = ("digits, npz:FILE (x uint8 or in [0, 1], y), cifar10:ARCHIVE, cifar100:ARCHIVE, "
@@ -68,7 +69,9 @@ def targets(text, y, num_classes):
     if not Path(text).is_file():
         raise FileNotFoundError(f"--targets {text!r} is no file; pass next, or a text file with one class a line")
     try:
-        targets = np.loadtxt(text, dtype=np.int32, ndmin=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file; its length is told below
+            targets = np.loadtxt(text, dtype=np.int32, ndmin=1)
     except ValueError as error:
         raise ValueError(f"--targets {text}: expected one class number a line; {error}") from None
     if targets.ndim != 1 or len(targets) < len(y):

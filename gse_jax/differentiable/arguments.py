@@ -52,8 +52,10 @@ def problem(params, apply_fn, x, y, targets, bounds) -> tuple[Goal, Sample]:
     """
     low, high = validation.check_bounds(bounds)
     targeted = targets is not None
-    x, y, targets = validation.unsplit((jnp.asarray(x), jnp.asarray(y),
-                                        jnp.asarray(targets) if targeted else None))
+    given = {"x": x, "y": y, **({"targets": targets} if targeted else {})}
+    x, y, targets = validation.unsplit(tuple(
+        jnp.asarray(validation.as_array(name, given[name])) if name in given else None
+        for name in ("x", "y", "targets")))
     validation.check_problem(params, apply_fn, x, y, targets, (low, high))
     y = y.astype(jnp.int32)
     goal = targets.astype(jnp.int32) if targeted else jnp.full_like(y, -1)

@@ -221,6 +221,8 @@ def _solve_one(params, damping, x, label, adversarial, support, *, apply_fn, goa
         driver = checkpointed_scan(num_steps)
         w, multiplier = driver(lambda _: jnp.ones((), bool),
                                lambda now: project(now, *value_and_normal(now[0])), start)
+        finite = jnp.isfinite(violation((w, multiplier), *value_and_normal(w)))
+        w, multiplier = jax.tree.map(functools.partial(jnp.where, finite), (w, multiplier), start)
     image = point(w)
     outside = jnp.max(jnp.where(free, jnp.maximum(low - image, image - high), 0.0)) / scale
     residual = jnp.maximum(violation((w, multiplier), *value_and_normal(w)), outside)

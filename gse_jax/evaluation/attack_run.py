@@ -17,6 +17,7 @@ import numpy as np
 
 import gse_jax
 from gse_jax.attacks import Progress, attack, validation
+from gse_jax.attacks.api import attack_chosen
 from gse_jax.data.atomic import replacing
 from gse_jax.devices import local_devices
 from gse_jax.evaluation.cases import plain
@@ -155,8 +156,8 @@ def run_attack(params, apply_fn: ApplyFn, x, y, *, targets=None, ids=None, metho
     before = _classified(forward, x)
     chosen = np.flatnonzero(before[0] == y)
     start = time.perf_counter()
-    result = attack(params, apply_fn, x[chosen], y[chosen],
-                    targets=None if targets is None else targets[chosen], progress=progress, **options)
+    # An image's random numbers do not depend on which others the model gets right, so that models can be compared.
+    result = attack_chosen(params, apply_fn, x, y, chosen, targets=targets, progress=progress, **options)
     adversarials = x.copy()
     adversarials[chosen] = np.asarray(result.adversarials)
     seconds = time.perf_counter() - start

@@ -97,7 +97,7 @@ def pareto(params, apply_fn, x, y, *, targets=None, methods: Sequence[str] | Non
     if not methods:
         raise ValueError("methods must name at least one attack")
     wanted = np.ravel(max_l2)
-    if "gse_refined" in methods and not (wanted.size and wanted.dtype.kind in "iuf" and (wanted > 0).all()):
+    if not ((wanted.size or "gse_refined" not in methods) and wanted.dtype.kind in "iuf" and (wanted > 0).all()):
         raise ValueError(f"max_l2={max_l2!r} must hold positive numbers")
     caps = sorted(map(float, wanted), reverse=True) if "gse_refined" in methods else []
     configurations = configurations_of(methods, domain, np.shape(x)[1:], targets is not None)

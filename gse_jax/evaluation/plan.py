@@ -94,6 +94,8 @@ class Plan:
         """Refuse what cannot be run, in one line; numbers of NumPy become Python's, for the manifest."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if not isinstance(self.attacks, (tuple, list)) or not all(isinstance(one, AttackPlan) for one in self.attacks):
+            raise TypeError(f"plan: attacks must be a tuple of AttackPlan, got {self.attacks!r}")
         if not self.attacks:
             raise ValueError("plan: attacks is empty, expected at least one")
         if not 0 <= self.seed < 2**32:  # JAX takes no more bits into a key
@@ -224,6 +226,8 @@ def _check_normalization(name: str):
 
 
 def _check_attack(attack: AttackPlan):
+    if not isinstance(attack.offsets, (tuple, list)):
+        raise TypeError(f"plan: offsets must be a tuple of integers, got {attack.offsets!r}")
     if attack.offsets and attack.target_file:
         raise ValueError("plan: an attack has offsets and target_file, expected one of them")
     for offset in attack.offsets:

@@ -17,8 +17,8 @@ class RunProgress(NamedTuple):
     Attributes:
         done: (case, sample) pairs that have a result, those of earlier runs included.
         total: pairs in all, of this writer's part.
-        attacked: pairs whose attack is over.
-        found: pairs for which an adversarial was found.
+        attacked: pairs whose attack this process has ended.
+        found: of those, for how many an adversarial was found.
         lane_evals: gradient evaluations made by this process.
         resumed: pairs that earlier runs had done.
     """
@@ -109,7 +109,8 @@ def describe(progress: Any, rates: Rates) -> str:
 def _details(progress, rates):
     attacked = getattr(progress, "attacked", progress.done)
     if attacked:
-        yield f"success rate {100 * progress.found / attacked:.1f} %"
+        since = " since the resume" if getattr(progress, "resumed", 0) else ""
+        yield f"success rate{since} {100 * progress.found / attacked:.1f} %"
     if rates.evals_per_second is not None:
         yield f"{rates.evals_per_second:.0f} evaluations/s"
     if progress.done < progress.total and rates.seconds_left is not None:

@@ -212,6 +212,9 @@ def summary(x, result, *, bounds=(0.0, 1.0), patch_size=8):
     References:
         arXiv 2311.17434.
     """
+    if not hasattr(result, "adversarials"):
+        raise TypeError(f"result must be what gse_jax.attack returned, got {type(result).__name__}; the metrics of "
+                        "images alone are those of image_metrics")
     _check_range(x, bounds)
     metrics = image_metrics(x, result.adversarials, bounds=bounds, patch_size=patch_size)
     return summarise(metrics, result, patch_size=patch_size)

@@ -19,12 +19,14 @@ def pareto_set(numbers, eligible=None) -> np.ndarray:
         rows do not dominate each other.
 
     Raises:
-        ValueError: if `numbers` is no table.
+        ValueError: if `numbers` is no table, or `eligible` has another length.
     """
     numbers = np.asarray(numbers, float)
     if numbers.ndim != 2:
         raise ValueError(f"numbers must be [G, M], one row for each point, got shape {list(numbers.shape)}")
     eligible = np.ones(len(numbers), bool) if eligible is None else np.asarray(eligible, bool)
+    if eligible.shape != (len(numbers),):
+        raise ValueError(f"eligible must have shape [{len(numbers)}], one for each point, got {list(eligible.shape)}")
     eligible = eligible & ~np.isnan(numbers).any(1)
     nowhere_larger = (numbers[:, None] <= numbers[None]).all(-1)
     somewhere_smaller = (numbers[:, None] < numbers[None]).any(-1)

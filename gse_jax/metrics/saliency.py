@@ -83,16 +83,20 @@ def adversarial_saliency(params, apply_fn, x, y, targets):
         [N, H, W, C] of x's dtype; signed.
 
     Raises:
-        TypeError: if labels are not integers.
+        TypeError: if labels are not integers, x is not floating, or the model returns no array.
         ValueError: if labels do not fit, or concrete labels are out of range.
 
     References:
         arXiv 1511.07528; arXiv 1808.01664, section on interpretability.
     """
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating, got {x.dtype}; use x.astype('float32') / 255 for 8-bit images")
 
     def rows_of_logits(images):
         logits = apply_fn(params, images)
+        if not hasattr(logits, "reshape"):
+            raise TypeError(f"apply_fn must return logits [N, K], got a {type(logits).__name__}")
         return logits.reshape(len(images), logits.shape[-1])  # a model may squeeze a batch of one
 
     with jax.default_matmul_precision("highest"):
@@ -132,6 +136,8 @@ def interpretability_score(x, adversarials, saliency, *, percentiles=PERCENTILES
     w, saliency = perturbation(x, adversarials), jnp.asarray(saliency)
     if saliency.shape != w.shape:
         raise ValueError(f"saliency {saliency.shape} does not fit the images {w.shape}")
+    if np.ndim(percentiles) != 1:
+        raise ValueError(f"percentiles must be a list of numbers, got {percentiles!r}; use ({percentiles!r},)")
     if not all(0 < percentile <= 100 for percentile in percentiles):
         raise ValueError(f"percentiles must lie in (0, 100], got {percentiles}")
     return _scores(w, saliency, tuple(percentiles))

@@ -14,6 +14,7 @@ References:
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from gse_jax.ops import count_patches
 
 def _as_images(x, adversarials):
     """Returns both batches as arrays, or explains why they do not match."""
+    if hasattr(adversarials, "adversarials"):
+        raise TypeError("adversarials must be images [N, H, W, C], got an attack's result; pass result.adversarials")
     x, adversarials = jnp.asarray(x), jnp.asarray(adversarials)
     if x.ndim != 4 or x.shape != adversarials.shape:
         shapes = f"{x.shape} and {adversarials.shape}"
@@ -122,16 +125,19 @@ def unit_scale(bounds):
         float: 2 / (hi - lo), or 1.0 for None.
 
     Raises:
-        ValueError: if hi is not larger than lo.
+        ValueError: unless these are two finite numbers and hi is the larger one.
 
     References:
         arXiv 2311.17434 (all its norms are in [-1, 1] units).
     """
     if bounds is None:
         return 1.0
-    low, high = (float(bound) for bound in bounds)
-    if not high > low:
-        raise ValueError(f"bounds must be (lo, hi) with lo < hi, got {bounds}")
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        raise ValueError(f"bounds must be two numbers (lo, hi), or None, got {bounds!r}") from None
+    if not (high > low and math.isfinite(high - low)):
+        raise ValueError(f"bounds must be (lo, hi) with lo < hi, both finite, got {bounds}")
     return 2.0 / (high - low)
 
 

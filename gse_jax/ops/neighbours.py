@@ -8,7 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _require_window(name, size, height, width):
+def _require_window(name, size, shape):
+    if len(shape) != 2:
+        raise ValueError(f"expected one image [H, W], got shape {list(shape)}; use jax.vmap for several")
+    height, width = shape
+    if size < 1:
+        raise ValueError(f"{name}={size} must be at least 1 pixel")
     if size > min(height, width):
         raise ValueError(f"{name}={size} is larger than the image of {height}x{width} pixels; "
                          f"use {name} <= {min(height, width)}")
@@ -66,7 +71,7 @@ def gaussian_blur(image, size, sigma):
     Returns:
         [H, W] float.
     """
-    _require_window("size", size // 2 + 1, *image.shape)
+    _require_window("size", size // 2 + 1, image.shape)
     weights = gaussian_kernel(size, jnp.asarray(sigma, image.dtype))
     half = size // 2
     for axis in (0, 1):
@@ -111,7 +116,7 @@ def touched_patches(mask, patch_size):
     Raises:
         ValueError: if a patch does not fit into the image.
     """
-    _require_window("patch_size", patch_size, *mask.shape)
+    _require_window("patch_size", patch_size, mask.shape)
     return _running(jnp.logical_or, mask, patch_size)
 
 
@@ -149,5 +154,5 @@ def largest_in_patches(values, patch_size):
     Raises:
         ValueError: if a patch does not fit into the image.
     """
-    _require_window("patch_size", patch_size, *values.shape)
+    _require_window("patch_size", patch_size, values.shape)
     return _running(jnp.maximum, values, patch_size)

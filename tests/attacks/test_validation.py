@@ -192,3 +192,50 @@ def test_so_are_those_of_other_methods(method, field):
     settings, _ = gse_jax.preset(method, "cifar10")
     with pytest.raises(ValueError, match=f"{field}=2.5 must be a whole number"):
         attack(method=method, settings=dataclasses.replace(settings, **{field: 2.5}))
+
+
+@pytest.mark.parametrize("method, field", [("pgd", "random_start"), ("pgd0", "sigma_map"), ("fwnucl", "stop_at_success"),
+                                           ("strattack", "retrain_must_improve"), ("sparse_pgd", "unprojected")])
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_switches_are_true_or_false(method, field, value):
+    """Any text would be true."""
+    settings, _ = gse_jax.preset(method, "cifar10")
+    with pytest.raises(TypeError, match=f"settings.{field}={value!r} must be True or False"):
+        attack(method=method, settings=dataclasses.replace(settings, **{field: value}))
+
+
+class Tensor:  # of a library that NumPy does not know
+    ndim, shape, dtype = 4, (4, 12, 12, 3), "torch.float32"
+
+
+@pytest.mark.parametrize("name", ["x", "y", "targets"])
+def test_tensors_of_other_libraries_are_named(name):
+    expected = rf"{name} must be a NumPy or JAX array, got a .*Tensor; use numpy.asarray\({name}\)"
+    with pytest.raises(TypeError, match=expected):
+        attack(**{name: Tensor()})
+    with pytest.raises(TypeError, match=expected):
+        gse_jax.differentiable_attack(PARAMS, linear_logits, **({"x": X, "y": Y} | {name: Tensor()}))
+
+
+def test_images_in_0_1_under_bounds_of_bytes_are_remarked_on():
+    with pytest.warns(UserWarning, match=r"inside bounds=\(0, 255\); images in \[0, 1\] take"):
+        attack(bounds=(0, 255), settings=dataclasses.replace(S, num_runs=1, max_steps=1, phase1_steps=1))
+
+
+@pytest.mark.parametrize("options, error, words", [
+    (dict(progress=True), TypeError, "progress must be a function .* got True"),
+    (dict(method=["gse"]), ValueError, r"method=\['gse'\] is unknown"),
+    (dict(hyperparams=H._replace(mu=None)), ValueError, "hyperparams.mu=None must be a number"),
+    (dict(method="homotopy", hyperparams=gse_jax.preset("homotopy", "cifar10")[1]._replace(decrease=1.5)), ValueError,
+     "decrease=1.5 must be <= 1"),
+    (dict(method="gse_refined", settings=dataclasses.replace(gse_jax.preset("gse_refined", "cifar10")[0], scales=3.0)),
+     ValueError, "settings.scales=3.0 must hold"),
+])
+def test_other_mistakes_are_named_too(options, error, words):
+    with pytest.raises(error, match=words):
+        attack(**options)
+
+
+def test_a_stream_s_targets_come_in_its_batches():
+    with pytest.raises(TypeError, match="targeted must be True or False, got ndarray"):
+        gse_jax.attack_stream(PARAMS, linear_logits, [], image_shape=(12, 12, 3), targeted=Y)

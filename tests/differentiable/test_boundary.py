@@ -67,15 +67,19 @@ def test_an_image_that_runs_away_spoils_no_other():
     np.testing.assert_allclose(slope, 0.0, atol=1e-9)  # the boundary does not move
 
 
-def test_an_image_for_which_the_model_breaks_is_not_trusted():
+@pytest.mark.parametrize("derivative", ["implicit", "unrolled"])
+def test_an_image_for_which_the_model_breaks_is_not_trusted(derivative):
     def logits(params, x):
         score = params * x.reshape(x.shape[0], -1).sum(-1)
         return jnp.stack([jnp.where(x[:, 0, 0, 0] > 0.9, jnp.nan, score), jnp.zeros_like(score)], 1)
 
     x = jnp.full((2, 8, 8, 3), 0.5 / 192)
     given = x.at[0, 0, 0, 0].add(-0.6).at[1, 0, 0, 0].set(0.95)
-    result = gse_jax.implicit_attack(1.0, logits, x, jnp.zeros(2, int), adversarials=given, bounds=BOUNDS)
+    result = gse_jax.implicit_attack(1.0, logits, x, jnp.zeros(2, int), adversarials=given, bounds=BOUNDS,
+                                     derivative=derivative)
     assert result.residual[0] < 1e-8 and result.residual[1] == np.inf
+    np.testing.assert_array_equal(result.adversarials[1], given[1])
+    np.testing.assert_allclose(result.distance[1], jnp.linalg.norm(given[1] - x[1]) / (0.5 * (BOUNDS[1] - BOUNDS[0])))
 
 
 def test_linear_model_has_the_known_solution():

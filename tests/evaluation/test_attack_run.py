@@ -9,6 +9,7 @@ import pytest
 
 import gse_jax
 from gse_jax import GSESettings, Status, metrics
+from gse_jax.attacks.baselines.random_search import SparseRSSettings
 from gse_jax.attacks.baselines.sigma_zero import SigmaZeroSettings
 from gse_jax.evaluation import explain, load_run, next_class, predict, run_attack, save_run
 from gse_jax.evaluation.forward import Forward
@@ -103,7 +104,11 @@ def test_what_is_kept_of_an_attack_that_claims_too_much(monkeypatch):
         found = status == Status.FOUND
         return gse_jax.AttackResult(adversarials, found, status, 5 + found, 7 + found, np.float32(0.5) * found)
 
+    def claims_of(params, apply_fn, x, y, chosen, *, targets, **options):
+        return claims(params, apply_fn, x[chosen], y[chosen], targets=targets[chosen], **options)
+
     monkeypatch.setattr("gse_jax.evaluation.attack_run.attack", claims)
+    monkeypatch.setattr("gse_jax.evaluation.attack_run.attack_chosen", claims_of)
     run = run_attack(None, lambda _, x: -jnp.square(4 * x[:, 0, 0, :] - jnp.arange(5, dtype=x.dtype)[None]), x, y,
                      targets=targets)
     assert seen == [[], [2, 3, 4, 0]]
@@ -115,6 +120,19 @@ def test_what_is_kept_of_an_attack_that_claims_too_much(monkeypatch):
     np.testing.assert_array_equal(run.confidences_after[unchanged], run.confidences_before[unchanged])
     assert run.tradeoff.tolist() == [0, 0.5, 0, 0, 0]
     assert run.gradient_evals.tolist() == [0, 6, 6, 5, 5] and run.forward_evals.tolist() == [0, 8, 8, 7, 7]
+
+
+def test_random_numbers_do_not_depend_on_which_other_images_are_misclassified():
+    params, apply_fn, x, y = toy()
+    settings = SparseRSSettings(num_pixels=20, max_queries=10, num_restarts=1)
+    options = dict(method="sparse_rs", settings=settings, bounds=(-1.0, 1.0), key=3)
+    wrong = np.asarray(y) + np.asarray([1, 0, 0, -1, 0, 0])
+    run = run_attack(params, apply_fn, x, wrong % 5, **options)
+    np.testing.assert_array_equal(run.status[[0, 3]], Status.ALREADY_MISCLASSIFIED)
+    whole = gse_jax.attack(params, apply_fn, x, y, **options)
+    others = np.asarray([1, 2, 4, 5])
+    np.testing.assert_array_equal(run.adversarials[others], whole.adversarials[others])
+    assert run.found[others].any()
 
 
 def test_the_fresh_pass_is_compiled_once_for_our_models_and_anew_for_functions():

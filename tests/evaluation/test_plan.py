@@ -135,6 +135,17 @@ def test_attacks_that_cannot_run_are_refused(attack, message):
         cases_of(attack)
 
 
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(attacks="gse"), "attacks must be a tuple of AttackPlan, got 'gse'"),
+    (dict(attacks=({"method": "gse"},)), "attacks must be a tuple of AttackPlan"),
+    (dict(attacks=AttackPlan()), "attacks must be a tuple of AttackPlan"),
+    (dict(attacks=(AttackPlan(offsets=1),)), "offsets must be a tuple of integers, got 1"),
+])
+def test_attacks_of_another_type_are_refused(fields, message):
+    with pytest.raises(TypeError, match=message):
+        Plan(**fields)
+
+
 def test_two_attacks_need_two_names():
     with pytest.raises(ValueError, match="two attacks give the case 'gse/untargeted'; set `name`"):
         cases_of(AttackPlan(), AttackPlan(settings={"num_runs": 2}))

@@ -20,7 +20,7 @@ def test_rates_leave_out_what_earlier_runs_had_done():
     rates = at(10.0).rates(progress)
     assert rates == (500.0, 20.0)  # 20 pairs in 10 s, 40 to go.
     assert progress.success_rate == 0.5
-    assert describe(progress, rates) == ("60/100 images, success rate 50.0 %, 500 evaluations/s, "
+    assert describe(progress, rates) == ("60/100 images, success rate since the resume 50.0 %, 500 evaluations/s, "
                                          "20 s left")
 
 

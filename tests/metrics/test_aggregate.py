@@ -143,3 +143,16 @@ def test_a_summary_refuses_images_outside_its_bounds():
     assert metrics.summary(x, result, bounds=(-1.0, 1.0)).num_non_finite == 1
     with pytest.raises(ValueError, match="values from -0.98.* to 1, outside"):  # and hide nothing
         metrics.summary(x, result, bounds=(-1.0, 0.5))
+
+
+def test_a_result_and_its_images_are_not_confused():
+    x = np.zeros((2, 8, 8, 1), np.float32)
+    zero = np.zeros(2, np.int32)
+    result = AttackResult(x, zero > 0, zero, zero, zero, zero.astype(np.float32))
+    with pytest.raises(TypeError, match="pass result.adversarials"):
+        metrics.changed_pixels(x, result)
+    with pytest.raises(TypeError, match="result must be what gse_jax.attack returned, got ndarray"):
+        metrics.summary(x, x)
+    for bounds in (1, "ab", (0.0, np.inf), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="bounds must be"):
+            metrics.l2_norm(x, x, bounds=bounds)

@@ -16,3 +16,5 @@ def test_pareto_set_keeps_what_nothing_dominates():
 def test_no_table_is_refused():
     with pytest.raises(ValueError, match=r"numbers must be \[G, M\].*got shape \[3\]"):
         metrics.pareto_set(np.ones(3))
+    with pytest.raises(ValueError, match=r"eligible must have shape \[2\]"):
+        metrics.pareto_set(np.ones((2, 2)), [True])

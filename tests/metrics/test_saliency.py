@@ -84,6 +84,10 @@ def test_saliency_refuses_labels_that_would_be_misread():
             metrics.adversarial_saliency(params, apply_fn, x, y, bad)
     with pytest.raises(TypeError, match="y must be integer"):
         metrics.adversarial_saliency(params, apply_fn, x, y.astype(np.float32), targets)
+    with pytest.raises(TypeError, match="x must be floating, got uint8"):
+        metrics.adversarial_saliency(params, apply_fn, x.astype(np.uint8), y, targets)
+    with pytest.raises(TypeError, match="apply_fn must return logits .* got a tuple"):
+        metrics.adversarial_saliency(params, lambda *a: (apply_fn(*a), 0), x, y, targets)
     with pytest.raises(ValueError, match="targets must have shape"):
         metrics.adversarial_saliency(params, apply_fn, x, y, targets[:1])
 
@@ -189,5 +193,7 @@ def test_score_refuses_wrong_arguments():
     for percentile in (0, -1, 100.5):
         with pytest.raises(ValueError, match="percentiles"):
             metrics.interpretability_score(x, x, x, percentiles=(50, percentile))
+    with pytest.raises(ValueError, match="percentiles must be a list"):
+        metrics.interpretability_score(x, x, x, percentiles=90)
     with pytest.raises(ValueError, match="does not fit"):
         metrics.interpretability_score(x, x, x[0])

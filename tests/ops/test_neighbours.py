@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gse_jax.ops import count_patches, dilate, gaussian_blur, gaussian_kernel
+from gse_jax.ops import count_patches, dilate, gaussian_blur, gaussian_kernel, touched_patches
 
 DILATE, BLUR = jax.jit(dilate, static_argnums=1), jax.jit(gaussian_blur, static_argnums=1)
 COUNT = jax.jit(count_patches, static_argnums=1)
@@ -69,3 +69,11 @@ def test_dilation_says_where_the_blur_is_positive(shape):
     for mask in masks(shape):
         blurred = BLUR(mask.astype(float), 5, 1.5)
         np.testing.assert_array_equal(DILATE(mask, 5), np.asarray(blurred) > 0)
+
+
+def test_windows_of_no_pixel_and_batches_are_refused():
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"patch_size={size} must be at least 1"):
+            count_patches(jnp.zeros((8, 8), bool), size)
+    with pytest.raises(ValueError, match=r"expected one image \[H, W\], got shape \[2, 8, 8\]"):
+        touched_patches(jnp.zeros((2, 8, 8), bool), 3)

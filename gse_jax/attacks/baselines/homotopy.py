@@ -157,7 +157,8 @@ def check(settings, hyperparams, image_shape) -> None:
         "num_segments": 1, "max_steps": 1, "max_rounds": 1, "num_new": 1, "num_new_loose": 1,
         "tuning_steps": 0, "tuning_every": 1, "tuning_levels": 1})
     configuration.check_range_width(settings)
-    configuration.check_numbers(hyperparams, may_be_zero=("loss_step", "norm_step", "saturation"))
+    configuration.check_numbers(hyperparams, may_be_zero=("loss_step", "norm_step", "saturation"),
+                                at_most_one=("decrease",))
 
 
 def segment(settings, images):

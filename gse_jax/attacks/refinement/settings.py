@@ -8,6 +8,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from gse_jax.attacks.configuration import check_fits, check_whole_numbers, known_numbers
 
 OBJECTIVES = ("patches", "pixels", "clusters", "l2")
@@ -86,7 +88,8 @@ def check(settings: RefineSettings, hyperparams: RefineHyperparams, image_shape)
                          f"use {', '.join(map(repr, MOVES))}")
     counts = ("max_evals", "max_repairs", "max_failures", "patch_size")
     check_whole_numbers(settings, dict.fromkeys(counts, 1), prefix="")
-    if not settings.scales or min(settings.scales) <= 0.0:
+    numbers = np.asarray(settings.scales)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iuf" or not (numbers > 0.0).all():
         raise ValueError(f"settings.scales={settings.scales} must hold positive numbers of pixels, "
                          "e.g. (3.0, 1.0, 2.0)")
     check_fits(settings, "patch_size", image_shape)
