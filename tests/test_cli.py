@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -267,3 +268,10 @@ def test_pareto_writes_table_figure_and_arrays(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--methods", "gse_refined", "--max-l2", "1,x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_empty_targets_file_is_one_line_without_a_warning(tmp_path):
+    (tmp_path / "targets").touch()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"has shape \[0\], expected one class for each of the 2"):
+        warnings.simplefilter("error")
+        options.targets(str(tmp_path / "targets"), np.zeros(2, np.int32), 5)

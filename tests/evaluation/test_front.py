@@ -175,3 +175,10 @@ def test_gse_refined_in_a_plan():
     assert hash(capped.settings) and capped.settings.scales == (2.0,)
     assert json.loads(json.dumps(capped.describe(), allow_nan=False))["hyperparams"]["max_l2"] == 0.5
     assert json.loads(json.dumps(free.describe(), allow_nan=False))["hyperparams"]["max_l2"] == "inf"
+
+
+def test_caps_are_positive_whatever_the_methods():
+    params, apply_fn, x, y = toy()
+    for caps in ((-1.0,), (1.0, 0.0), ("1",)):
+        with pytest.raises(ValueError, match="max_l2=.* must hold positive numbers"):
+            gse_jax.pareto(params, apply_fn, x, y, methods=("pgd",), max_l2=caps, bounds=BOUNDS)
