@@ -272,6 +272,7 @@ def test_pareto_writes_table_figure_and_arrays(tmp_path, capsys):
 
 def test_an_empty_targets_file_is_one_line_without_a_warning(tmp_path):
     (tmp_path / "targets").touch()
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"has shape \[0\], expected one class for each of the 2"):
+    expected = r"has shape \[0\], expected one class for each of the 2"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=expected):
         warnings.simplefilter("error")
         options.targets(str(tmp_path / "targets"), np.zeros(2, np.int32), 5)

@@ -194,8 +194,9 @@ def test_so_are_those_of_other_methods(method, field):
         attack(method=method, settings=dataclasses.replace(settings, **{field: 2.5}))
 
 
-@pytest.mark.parametrize("method, field", [("pgd", "random_start"), ("pgd0", "sigma_map"), ("fwnucl", "stop_at_success"),
-                                           ("strattack", "retrain_must_improve"), ("sparse_pgd", "unprojected")])
+@pytest.mark.parametrize("method, field", [
+    ("pgd", "random_start"), ("pgd0", "sigma_map"), ("fwnucl", "stop_at_success"),
+    ("strattack", "retrain_must_improve"), ("sparse_pgd", "unprojected")])
 @pytest.mark.parametrize("value", ["false", 0, None])
 def test_switches_are_true_or_false(method, field, value):
     """Any text would be true."""
