@@ -295,8 +295,9 @@ class _Call:
                                                       setup.hyperparams, setup.key)
         array = jnp.asarray if traced else np.asarray
         goal = np.full(count, -1) if targets is None else targets
+        places = np.arange(count) if chosen is None else chosen
         samples = Sample(array(x), array(y).astype(np.int32), array(goal).astype(np.int32),
-                         np.asarray(range(count) if chosen is None else chosen, np.int32), setup.segment(x),
+                         places.astype(np.int32), setup.segment(x),
                          None if starts is None else array(starts))
         params = self.params
         arguments = (params, setup.hyperparams, setup.key, samples)

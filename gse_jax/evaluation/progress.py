@@ -17,7 +17,7 @@ class RunProgress(NamedTuple):
     Attributes:
         done: (case, sample) pairs that have a result, those of earlier runs included.
         total: pairs in all, of this writer's part.
-        attacked: pairs whose attack this process has ended.
+        attacked: pairs whose attack has ended since this process began.
         found: of those, for how many an adversarial was found.
         lane_evals: gradient evaluations made by this process.
         resumed: pairs that earlier runs had done.

@@ -68,10 +68,13 @@ def test_an_image_that_runs_away_spoils_no_other():
 
 
 @pytest.mark.parametrize("derivative", ["implicit", "unrolled"])
-def test_an_image_for_which_the_model_breaks_is_not_trusted(derivative):
+@pytest.mark.parametrize("is_flat", [True, False])  # whether the slope is 0 or NaN too where the logit is NaN
+def test_an_image_for_which_the_model_breaks_is_not_trusted(derivative, is_flat):
     def logits(params, x):
         score = params * x.reshape(x.shape[0], -1).sum(-1)
-        return jnp.stack([jnp.where(x[:, 0, 0, 0] > 0.9, jnp.nan, score), jnp.zeros_like(score)], 1)
+        breaks = x[:, 0, 0, 0] > 0.9
+        broken = jnp.where(breaks, jnp.nan, score) if is_flat else score * jnp.where(breaks, jnp.nan, 1.0)
+        return jnp.stack([broken, jnp.zeros_like(score)], 1)
 
     x = jnp.full((2, 8, 8, 3), 0.5 / 192)
     given = x.at[0, 0, 0, 0].add(-0.6).at[1, 0, 0, 0].set(0.95)
