@@ -125,8 +125,8 @@ def measure(count, devices):
     settings = gse_jax.GSESettings(num_runs=3, max_steps=20, phase1_steps=10, blur_size=3,
                                    patch_size=4)
     lanes = 64 * devices if jax.default_backend() == "cpu" else 1024
-    # Compiles the widths of the tail; to one lane per device only some numbers of images come.
-    for width in (lanes, devices) if jax.default_backend() == "cpu" else (lanes,):
+    # Compiles the widths of the tail; to two lanes per device only some numbers of images come.
+    for width in (lanes, 2 * devices) if jax.default_backend() == "cpu" else (lanes,):
         gse_jax.attack(params, apply_fn, x[:4 * width], y[:4 * width], settings=settings, lanes=width)
     timed(lambda: gse_jax.attack(params, apply_fn, x, y, settings=settings, lanes=lanes), count,
           network="small", images=count, devices=devices)

@@ -4,9 +4,9 @@ A fixed number of lanes would idle until the slowest image is done. Instead the 
 worked in fewer lanes while the others are parked half-way, on the device: a lane that falls free takes
 the next of them at once. Every few calls those that have most of their work ahead, as far as the attack
 can tell, change places with those that have less: a long image that waits makes the tail longer. That
-keeps lanes busy at few widths, so at few compilations: on CPU, where a call costs what its lanes cost,
-one lane (8 first, if there were more); on an accelerator, whose narrow calls hardly cost less than wider
-ones, a fourth and a sixteenth of the default.
+keeps lanes busy at few widths, so at few compilations: on CPU, where a call costs nearly what its lanes
+cost, a fourth of the default, two lanes or one (8 first, if there were more); on an accelerator, whose
+narrow calls hardly cost less than wider ones, a fourth and a sixteenth of it.
 
 `benchmarks/tail.py` replays the runs of real images through the engine, at what the calls cost: what the order
 brings stands in `docs/speed.md`.
@@ -23,19 +23,20 @@ from gse_jax.attacks.algorithm import NO_SAMPLE
 from gse_jax.attacks.lanes import LanesState, Parked, idle_lanes
 from gse_jax.attacks.program import under
 
-# An image of a ResNet-20 costs 5 % more in a call of 4 than in one of 8 to 24, and 20 to 50 % more alone.
+# An image of a ResNet-20 costs 5 % more in a call of 4 than in one of 8 to 24, 10 % in one of 2, 20 to 50 % alone.
 CPU_WIDTH = 8
 CPU_WIDTH_FOR_FEW = 4  # keeps the lanes of fewer images full for longer
-_STEP_ON_ACCELERATORS = 4  # each narrower width is a compilation
+_STEP = 4  # each narrower width is a compilation
 # Of an accelerator's lanes; below, a narrower call with images parked costs less.
 FULL_ENOUGH = 0.95
-_CALLS_OF_A_TURN = 32  # model calls, after which images that have more ahead take the lanes
+# Model calls, after which images that have more ahead take the lanes. To move them costs a CPU four calls of one lane.
+_CALLS_OF_A_TURN = {"cpu": 128}
 FULL_AT_FIRST = 0.85  # of lanes that all images begin in together, where a narrower one takes turns
 
 
 def parked_places(width: int) -> int:
     """Return how many images one device can park beside `width` lanes; more where a CPU narrows from many."""
-    return max(CPU_WIDTH, (_STEP_ON_ACCELERATORS - 1) * width)
+    return max(CPU_WIDTH, (_STEP - 1) * width)
 
 
 def next_places(unfinished: int, width: int, narrow: int, num_places: int, num_devices: int) -> int:
@@ -74,9 +75,9 @@ def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
     if platform == "cpu":
         if share >= width or width < CPU_WIDTH_FOR_FEW:  # whoever asked for so few lanes compiles one program
             return width
-        return CPU_WIDTH if share >= CPU_WIDTH else 1
-    while share <= full * width and width // _STEP_ON_ACCELERATORS >= narrowest:
-        width //= _STEP_ON_ACCELERATORS
+        return CPU_WIDTH if share >= CPU_WIDTH else min(width, CPU_WIDTH) // _STEP
+    while share <= full * width and width // _STEP >= narrowest:
+        width //= _STEP
     return width
 
 
@@ -182,21 +183,21 @@ class Tail:
         self._begun = self._sweeps = False
         self._calls = 0  # since images changed places
 
-    def pack(self, state, progress, begin, waiting, width, calls):
+    def pack(self, state, occupied, progress, begin, waiting, calls):
         """Move images between lanes and parking places, if it is time.
 
         Args:
             state: LanesState of all devices.
+            occupied: [D, L] bool, lanes with an image.
             progress: [D * L] of the images in the lanes.
             begin: [D] first parked image of each device that no lane has taken.
             waiting: [D] images in the queues; there will be no more.
-            width: L, lanes per device now.
             calls: model calls since the last look.
 
         Returns:
             (state, lanes per device) for the next stretch.
         """
-        occupied = (np.asarray(state.sample_id) != NO_SAMPLE).reshape(self._devices, width)
+        width = occupied.shape[1]
         count = np.arange(self._places)
         parked = (count >= begin[:, None]) & (count < self._end[:, None])
         load = occupied.sum(1) + parked.sum(1) + waiting
@@ -214,7 +215,7 @@ class Tail:
         # On an accelerator in turns only until all have begun: after that it gains nothing there. On CPU only
         # after that: before, it gains 2 % and whoever watches sees no image done for half of the time.
         in_turns = not waiting.any() if self._platform == "cpu" else self._sweeps or waiting.any()
-        turn = in_turns and self._calls >= _CALLS_OF_A_TURN and places.swaps > 0
+        turn = in_turns and self._calls >= _CALLS_OF_A_TURN.get(self._platform, 32) and places.swaps > 0
         # The states of an accelerator's lanes are megabytes: not for a few of them.
         least = 1 if self._platform == "cpu" else max(1, width // 8)
         uneven = load.min() < width and load.max() - load.min() > least

@@ -1,11 +1,10 @@
 """Drive a compiled attack over any number of images on all local devices.
 
 The device program (`lanes.drain`) works for a bounded number of model calls and returns. Between
-two calls the host stores what is finished, deals the waiting images out to the devices again, and
-in the tail packs the unfinished ones into fewer lanes (`packing.py`). The images
-wait in host memory, so device memory does not grow with their number. An accelerator's outcomes are
-copied while its next stretch works. Nothing here depends on time, so a run repeats itself, but for the
-rounding of a GPU's kernels.
+two stretches the host deals the waiting images out to the devices again, and in the tail packs the
+unfinished ones into fewer lanes (`packing.py`). What is finished it stores while the next stretch
+works. The images wait in host memory, so device memory does not grow with their number. Nothing here
+depends on time, so a run repeats itself, but for the rounding of a GPU's kernels.
 """
 
 import functools
@@ -30,7 +29,7 @@ from gse_jax.devices import hint_at_idle_cores, local_devices
 
 
 class Progress(NamedTuple):
-    """How far an attack is; passed to the caller's `progress` function between model calls.
+    """How far an attack is; passed to the caller's `progress` function after each stretch of model calls.
 
     Attributes:
         done: images finished.
@@ -40,8 +39,8 @@ class Progress(NamedTuple):
         lane_evals: gradient evaluations made so far, those of idle lanes included; more than
             `gradient_evals` by what unfinished images have spent and by what was idle.
 
-    An accelerator's are told one stretch of work late, while the next one is done. There the last images,
-    up to four per lane, advance together: most of them are done near the end.
+    It is told while the next stretch is worked on. On an accelerator the last images, up to four per lane,
+    advance together: most of them are done near the end.
     """
 
     done: int
@@ -51,10 +50,9 @@ class Progress(NamedTuple):
     lane_evals: int
 
 
-# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. In the tail a CPU, to
-# which a look costs nothing, has fewer. An accelerator, to which it costs milliseconds, has eight at least.
+# Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. A look costs
+# milliseconds, a call of one lane on a CPU as many; an accelerator has eight calls at least.
 _CALLS = 32
-_CALLS_IN_TAIL = 8
 _FEWEST_CALLS = {"cpu": 2}
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
 _LARGE_JOB = 4
@@ -219,6 +217,8 @@ class Stretch(NamedTuple):
 def _stretch(written, counts, lane_evals) -> Stretch:
     """Make a Stretch of sample ids and outcomes, of which `counts` are written on each device."""
     def rows(array):
+        if not np.any(counts):  # as after most looks at the tail, which shall cost next to nothing
+            return np.zeros((0, *array.shape[1:]), array.dtype)
         shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         return np.concatenate([np.asarray(shard.data)[:count]
                                for shard, count in zip(shards, counts)])
@@ -227,19 +227,16 @@ def _stretch(written, counts, lane_evals) -> Stretch:
 
 
 def _work(program, params, hyperparams, key, batches, image_shape, devices, width):
-    """Do the work of `stream`; yields the arguments of `_stretch`."""
+    """Do the work of `stream`; yields the arguments of `_stretch`, and None whenever the devices have begun."""
     if width >= _LARGE_JOB:
         hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
     sharding = split(mesh)
     pixels = max(64 * 64, image_shape[0] * image_shape[1])
     platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
-    tail = _CALLS_IN_TAIL if platform == "cpu" else _CALLS
-    fewest = _FEWEST_CALLS.get(platform, 8)
-    calls, calls_in_tail = (np.int32(max(min(fewest, n), n * 64 * 64 // pixels)) for n in (_CALLS, tail))
+    calls = np.int32(max(min(_FEWEST_CALLS.get(platform, 8), _CALLS), _CALLS * 64 * 64 // pixels))
     per_lane = min(_QUEUE_PER_LANE, int(calls))
-    params, hyperparams, key, calls, calls_in_tail = jax.device_put(
-        (params, hyperparams, key, calls, calls_in_tail), replicate(mesh))
+    params, hyperparams, key, calls = jax.device_put((params, hyperparams, key, calls), replicate(mesh))
     dealer = _Dealer(iter(batches), sharding, platform)
     dealer.fill(1)
     if not dealer.stock:
@@ -257,10 +254,12 @@ def _work(program, params, hyperparams, key, batches, image_shape, devices, widt
         with under(mesh):
             state, begin, parked_begin, finished, made, progress = advance(
                 params, hyperparams, key, state, queue, rest.parked, calls)
+        yield None
         queue = queue._replace(begin=begin)
         rest.parked = rest.parked._replace(begin=parked_begin)
-        counts, begin, parked_begin, made, progress = jax.device_get(
-            (finished.count, begin, parked_begin, made, progress))
+        counts, begin, parked_begin, made, progress, sample_id = jax.device_get(
+            (finished.count, begin, parked_begin, made, progress, state.sample_id))
+        occupied = (sample_id != NO_SAMPLE).reshape(len(devices), width)
         unfinished -= int(counts.sum())
         written = finished.sample_id, finished.outcome
         written = written if platform == "cpu" else _begin_copy(written, counts, sharding)
@@ -270,12 +269,10 @@ def _work(program, params, hyperparams, key, batches, image_shape, devices, widt
         if low:
             dealer.fill(1)
         if (low and dealer.stock) or (min(waiting) == 0 and sum(waiting)):
-            at_work = (np.asarray(state.sample_id) != NO_SAMPLE).reshape(len(devices), -1).sum(1)
-            queue, fresh = dealer.deal(begin, per_lane * width, at_work)
+            queue, fresh = dealer.deal(begin, per_lane * width, occupied.sum(1))
             unfinished += fresh
         elif unfinished and low:
-            calls = calls_in_tail
-            state, narrow = rest.pack(state, progress, parked_begin, waiting, width, int(made.max()))
+            state, narrow = rest.pack(state, occupied, progress, parked_begin, waiting, int(made.max()))
             if narrow < width:
                 width = narrow
                 # As many places of the empty queue as this width wants.
@@ -303,22 +300,24 @@ def stream(program: Program, params, hyperparams, key, batches: Iterable[Sample]
         num_images: how many images will come, if known; fewer lanes for few images.
 
     Yields:
-        Stretch, in the order in which images finish. Every image is in exactly one. On an accelerator
-        each comes when the next one is done; whoever stops before the end loses the last.
+        Stretch, in the order in which images finish. Every image is in exactly one. Each comes when the
+        devices are at work on the next one, so that they need not wait for whoever takes it.
     """
     # Where is decided now, for JAX's default device may be another when the first stretch is asked for.
     devices, width = layout(num_images, lanes, image_shape)
-    work = _work(program, params, hyperparams, key, batches, image_shape, devices, width)
-    return _stretches(work, behind=_platform(devices) != "cpu")
+    return _stretches(_work(program, params, hyperparams, key, batches, image_shape, devices, width))
 
 
-def _stretches(work, behind) -> Iterator[Stretch]:
-    last = None  # an accelerator's comes out when the next one is done: it is copied meanwhile
+def _stretches(work) -> Iterator[Stretch]:
+    """Yield the stretches of `_work`, each as soon as the next one has begun."""
+    last = None
     try:
         for done in work:
-            last, ready = (done, last) if behind else (None, done)
-            if ready is not None:
-                yield _stretch(*ready)
+            if done is not None:
+                last = done
+            elif last is not None:
+                done, last = last, None
+                yield _stretch(*done)
     except (Exception, KeyboardInterrupt, SystemExit):  # what is finished comes out before it
         if last is not None:
             yield _stretch(*last)

@@ -107,20 +107,28 @@ def test_an_error_does_not_take_the_last_stretch_with_it(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_nor_does_who_ends_it_from_outside(monkeypatch, error):
-    """Whoever stops reading is not given another."""
+@pytest.mark.parametrize("begun", [True, False])
+def test_nor_does_who_ends_it_from_outside(monkeypatch, error, begun):
+    """A stretch comes once the devices are at work on the next, or before the error that kept them from it."""
     monkeypatch.setattr(runner, "_stretch", lambda number: number)
+    told = []
 
     def work():
-        yield from ([1], [2])
+        for number in (1, 2):
+            told.append("begun")
+            yield None
+            told.append("over")
+            yield [number]
+        if begun:
+            yield None
         raise error
 
-    stretches, seen = runner._stretches(work(), behind=True), []
+    stretches, seen = runner._stretches(work()), []
     with pytest.raises(error):
         for number in stretches:
-            seen.append(number)
-    assert seen == [1, 2]
-    stretches = runner._stretches(work(), behind=True)
+            seen.append((number, len(told)))
+    assert seen == [(1, 3), (2, 4)] and told == ["begun", "over"] * 2
+    stretches = runner._stretches(work())  # whoever stops reading is not given another
     assert next(stretches) == 1
     stretches.close()
 

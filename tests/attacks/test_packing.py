@@ -18,8 +18,8 @@ def lanes_of(ids):
 
 
 @pytest.mark.parametrize("unfinished,width,num_devices,expected", [
-    (16, 8, 2, 8), (15, 8, 2, 8), (14, 8, 2, 1), (1, 8, 2, 1), (7, 4, 2, 4), (6, 4, 2, 1),
-    (8, 4, 2, 4), (3, 2, 2, 2), (1, 2, 1, 2), (1, 1, 4, 1), (512, 512, 1, 512), (511, 512, 1, 8), (7, 512, 1, 1)])
+    (16, 8, 2, 8), (15, 8, 2, 8), (14, 8, 2, 2), (1, 8, 2, 2), (7, 4, 2, 4), (6, 4, 2, 1),
+    (8, 4, 2, 4), (3, 2, 2, 2), (1, 2, 1, 2), (1, 1, 4, 1), (512, 512, 1, 512), (511, 512, 1, 8), (7, 512, 1, 2)])
 def test_widths_on_cpu(unfinished, width, num_devices, expected):
     assert tail_width(unfinished, width, num_devices, "cpu") == expected
 

@@ -215,7 +215,7 @@ def test_a_fill_that_settles_nothing_still_moves():
 
 @pytest.mark.slow  # the engine's own test of it is quick
 def test_out_of_memory_on_an_accelerator_loses_nothing(whole, tmp_path, monkeypatch):
-    """Its outcomes come one stretch late; those that were finished before the error come too."""
+    """What was finished before the error comes too."""
     monkeypatch.setattr(runner, "_platform", lambda devices: "gpu")
     monkeypatch.setattr(runner, "_CALLS", 8)
     monkeypatch.setattr(runner, "on_mesh", failing_at(runner.on_mesh, 4, NO_MEMORY))
