@@ -36,8 +36,8 @@ class Done(Exception):
 class Trace:
     """A progress function that traces one stretch of work.
 
-    An accelerator tells of a stretch when the next one is done, so that the evaluations are those of
-    the stretch before; all are of equal length until the queue is empty.
+    An attack tells of a stretch when the devices are at work on the next one, so that the evaluations are
+    those of the stretch before; all are of equal length until the queue is empty.
     """
 
     def __init__(self, folder):
@@ -46,6 +46,8 @@ class Trace:
 
     def __call__(self, progress):
         self.stretches += 1
+        if self.stretches >= TRACED:
+            results_file.wait_for_devices()
         if self.stretches == TRACED:
             jax.profiler.start_trace(self.folder)
             self.before = progress.lane_evals

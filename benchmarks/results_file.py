@@ -79,6 +79,11 @@ def backend():
     return found.stdout.strip()
 
 
+def wait_for_devices():
+    """Return when the devices are at nothing: an attack tells of a stretch when they have begun the next."""
+    jax.block_until_ready(jax.live_arrays())
+
+
 def show(row, file=None):
     """Print one row of the table."""
     print(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"

@@ -109,6 +109,7 @@ class Stopwatch:
             self.stop()
 
     def stop(self):
+        results_file.wait_for_devices()
         wall, after = time.perf_counter() - self.start, self.bare()
         self.wall += wall
         self.model_times += wall / (0.5 * (self.before + after))  # in evaluations of each
