@@ -133,6 +133,35 @@ def test_nor_does_who_ends_it_from_outside(monkeypatch, error, begun):
     stretches.close()
 
 
+def test_who_looks_at_a_stretch_keeps_no_device_waiting(monkeypatch):
+    """Each but the last is told of when the next has begun, and before anyone waits for that one."""
+    params, apply_fn, x, y = toy()
+    events = []
+
+    def noted(*arguments, on_mesh=runner.on_mesh, **options):
+        run = on_mesh(*arguments, **options)
+
+        def call(*values):
+            events.append("begun")
+            return run(*values)
+
+        return call
+
+    def waited(arrays, device_get=jax.device_get):
+        events.append("waited")
+        return device_get(arrays)
+
+    monkeypatch.setattr(runner, "on_mesh", noted)
+    monkeypatch.setattr(runner.jax, "device_get", waited)
+    monkeypatch.setattr(packing.Tail, "pack", lambda self, state, occupied, *_: (state, occupied.shape[1]))
+    monkeypatch.setattr(runner, "_CALLS", 4)
+    ATTACK(params, apply_fn, jnp.tile(x, (2, 1, 1, 1)), jnp.tile(y, 2), lanes=4,
+           progress=lambda _: events.append("told"))
+    stretches = events.count("begun")
+    assert stretches > 2
+    assert events == ["begun", "waited", *["begun", "told", "waited"] * (stretches - 1), "told"]
+
+
 @pytest.mark.slow
 def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     """Whatever the order, results stay (above); a long image that waits would make the tail longer."""
