@@ -34,15 +34,16 @@ def peak_mib():
 
 
 def timed(attack, count, **row):
-    """Print the row of one call."""
+    """Print the row of a call: its memory the first time, which may compile, its seconds the second."""
     import jax
 
-    before, start = peak_mib(), time.perf_counter()
+    before = peak_mib()
+    jax.block_until_ready(attack())
+    more, start = peak_mib() - before, time.perf_counter()
     result = jax.block_until_ready(attack())
     seconds = time.perf_counter() - start
     print(json.dumps(row | {"us_per_image": seconds / count * 1e6,
-                            "evals_per_image": float(result.gradient_evals.mean()),
-                            "more_mib": peak_mib() - before}))
+                            "evals_per_image": float(result.gradient_evals.mean()), "more_mib": more}))
 
 
 def measure_real(kind, count, devices):
@@ -125,7 +126,7 @@ def measure(count, devices):
     settings = gse_jax.GSESettings(num_runs=3, max_steps=20, phase1_steps=10, blur_size=3,
                                    patch_size=4)
     lanes = 64 * devices if jax.default_backend() == "cpu" else 1024
-    # Compiles the widths of the tail; to two lanes per device only some numbers of images come.
+    # Compiles the widths of the tail, whose memory is not the images'.
     for width in (lanes, 2 * devices) if jax.default_backend() == "cpu" else (lanes,):
         gse_jax.attack(params, apply_fn, x[:4 * width], y[:4 * width], settings=settings, lanes=width)
     timed(lambda: gse_jax.attack(params, apply_fn, x, y, settings=settings, lanes=lanes), count,
