@@ -70,8 +70,8 @@ def attack(
             where the model's own calls say nothing else. After a coarser loop the adversarial
             images are classified once more in float32, and what does not hold is not found. Whoever
             classifies them again on an accelerator: under `jax.default_matmul_precision("highest")`.
-        progress: called with a `Progress` between bounded stretches of work; ignored under the
-            caller's `jit` or `vmap`.
+        progress: called with a `Progress` after each bounded stretch of work, while the next is worked on;
+            ignored under the caller's `jit` or `vmap`.
 
     Returns:
         AttackResult. Without explicit configuration the preset follows the image size (up to 64

@@ -162,6 +162,26 @@ def test_who_looks_at_a_stretch_keeps_no_device_waiting(monkeypatch):
     assert events == ["begun", "waited", *["begun", "told", "waited"] * (stretches - 1), "told"]
 
 
+def test_parked_images_take_turns_on_a_cpu(monkeypatch):
+    """Else one with most of its work ahead might wait until all lanes are free."""
+    params, apply_fn, x, y = toy()
+    moves = []
+
+    def noted(self, state, places, moved=packing.Tail._moved):
+        moves.append(places.swaps)
+        return moved(self, state, places)
+
+    monkeypatch.setattr(packing.Tail, "_moved", noted)
+    monkeypatch.setattr(runner, "_CALLS", 4)
+    swaps = {}
+    for calls in (4, 10**9):
+        monkeypatch.setitem(packing._CALLS_OF_A_TURN, "cpu", calls)
+        moves.clear()
+        ATTACK(params, apply_fn, jnp.tile(x, (4, 1, 1, 1)), jnp.tile(y, 4))
+        swaps[calls] = sum(moves)
+    assert swaps[4] > swaps[10**9]
+
+
 @pytest.mark.slow
 def test_the_tail_works_images_in_early_runs_first(monkeypatch):
     """Whatever the order, results stay (above); a long image that waits would make the tail longer."""
