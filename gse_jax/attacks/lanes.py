@@ -270,7 +270,7 @@ def _exchange(algorithm: Algorithm, lanes, taken, finished, queue, parked):
 
 def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
           parked: Parked | None = None, *, capacity: int, max_iterations=None, loop=while_loop):
-    """Work until nothing waits and every lane is idle, or `max_iterations` are done.
+    """Work until nothing waits and every lane is idle, `max_iterations` are done, or outcomes might not fit.
 
     Args:
         algorithm: the attack.
@@ -279,8 +279,8 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
             first model call (a second exchange, before it, would be a sixth of what there is to compile).
         queue: what waits; padding places must hold valid images.
         parked: images half-way that wait; None for none.
-        capacity: F, places for outcomes; at least the images at hand, or those that can finish in
-            `max_iterations`.
+        capacity: F >= L, places for outcomes. With fewer than images at hand it stops before one could
+            find no place.
         max_iterations: [] int32 model calls at most; None for no bound.
         loop: a driver of `loops.py`.
 
@@ -299,9 +299,12 @@ def drain(algorithm: Algorithm, evaluate_fn, lanes: LanesState, queue: Queue,
                         lanes, taken, finished)
 
     def keep_going(carry):
-        more = jnp.any(carry.lanes.sample_id != NO_SAMPLE) | jnp.any(carry.taken[0] < queue.end)
+        at_work = jnp.sum(carry.lanes.sample_id != NO_SAMPLE, dtype=jnp.int32)
+        more = (at_work > 0) | jnp.any(carry.taken[0] < queue.end)
         if parked is not None:
             more |= jnp.any(carry.taken[1] < parked.end)
+        # All that is at work may be done after the next call, and what finds no place would be lost.
+        more &= carry.finished.count[0] + at_work <= capacity
         return more if max_iterations is None else more & (carry.iteration < max_iterations)
 
     def forward_fn(states):
