@@ -51,9 +51,10 @@ class Progress(NamedTuple):
 
 
 # Model calls between two looks of the host, per 64 x 64 pixels; fixed, never timed. A look costs
-# milliseconds, a call of one lane on a CPU as many; an accelerator has eight calls at least.
-_CALLS = 32
-_FEWEST_CALLS = {"cpu": 2}
+# milliseconds, a call of one lane on a CPU as many; an accelerator has eight calls at least. Calls of more
+# lanes than these take a CPU seconds, in which the lanes of images that are done would idle.
+_CALLS, _FEWEST_CALLS = 32, 8
+_FEWEST_CALLS_ON_CPU, _LANES_OF_ALL_CALLS = 2, 32
 # Fewer lanes than this are a small job: not worth a remark about idle cores.
 _LARGE_JOB = 4
 # Places of a device's queue per lane: in a stretch of n calls a lane takes n images at most, and rarely
@@ -87,6 +88,14 @@ def _platform(devices):
 
 def _narrowest(devices, image_shape):
     return max(1, default_lanes_per_device(_platform(devices), *image_shape[:2]) // 16)
+
+
+def _calls(platform: str, image_shape, width: int) -> int:
+    """How many model calls of `width` lanes a device makes before the host looks again."""
+    calls = _CALLS * 64 * 64 // max(64 * 64, image_shape[0] * image_shape[1])
+    if platform == "cpu":
+        return max(min(_FEWEST_CALLS_ON_CPU, _CALLS), calls * _LANES_OF_ALL_CALLS // max(_LANES_OF_ALL_CALLS, width))
+    return max(min(_FEWEST_CALLS, _CALLS), calls)
 
 
 def layout(num_images: int | None, lanes: int | None, image_shape) -> tuple[list, int]:
@@ -232,11 +241,10 @@ def _work(program, params, hyperparams, key, batches, image_shape, devices, widt
         hint_at_idle_cores(devices)
     mesh = make_mesh(devices)
     sharding = split(mesh)
-    pixels = max(64 * 64, image_shape[0] * image_shape[1])
     platform, narrowest = _platform(devices), _narrowest(devices, image_shape)
-    calls = np.int32(max(min(_FEWEST_CALLS.get(platform, 8), _CALLS), _CALLS * 64 * 64 // pixels))
-    per_lane = min(_QUEUE_PER_LANE, int(calls))
-    params, hyperparams, key, calls = jax.device_put((params, hyperparams, key, calls), replicate(mesh))
+    calls = _calls(platform, image_shape, width)
+    per_lane = min(_QUEUE_PER_LANE, calls)
+    params, hyperparams, key, calls = jax.device_put((params, hyperparams, key, np.int32(calls)), replicate(mesh))
     dealer = _Dealer(iter(batches), sharding, platform)
     dealer.fill(1)
     if not dealer.stock:
@@ -274,7 +282,9 @@ def _work(program, params, hyperparams, key, batches, image_shape, devices, widt
         elif unfinished and low:
             state, narrow = rest.pack(state, occupied, progress, parked_begin, waiting, int(made.max()))
             if narrow < width:
-                width = narrow
+                width, calls = narrow, _calls(platform, image_shape, narrow)
+                per_lane = min(_QUEUE_PER_LANE, calls)
+                calls = jax.device_put(np.int32(calls), replicate(mesh))
                 # As many places of the empty queue as this width wants.
                 with under(mesh):
                     samples = _first(queue.samples, sharding, per_lane * width)

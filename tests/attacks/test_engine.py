@@ -16,6 +16,7 @@ import gse_jax
 from gse_jax import Status, devices
 from gse_jax.attacks import METHODS, api, attack_stream, packing, runner
 from gse_jax.attacks.algorithm import Algorithm, Sample
+from gse_jax.attacks.baselines.projected_gradient_descent import PGDHyperparams, PGDSettings
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
@@ -253,14 +254,17 @@ def test_parked_images_follow_those_of_the_queue(expected, num_lanes):
 
 
 def test_the_schedule_equals_a_plain_one():
-    """An attack that needs as many calls as the label says: who is worked on, stored and left, and in which order."""
+    """An attack that needs as many calls as the label says: who is worked on, stored and left, and in which order.
+
+    Where outcomes might find no place, it stops before.
+    """
     algorithm = Algorithm(
         init=lambda sample: (sample, jnp.int32(0)), query=lambda state: state[0].x,
         loss=lambda state, logits: logits.sum(), step=lambda state, evaluation: (state[0], state[1] + 1),
         done=lambda state: state[1] >= state[0].y, finish=lambda state: state[1], gradient_free=True)
     evaluate_fn = functools.partial(evaluate, algorithm, lambda images: images.reshape(len(images), -1))
-    compiled = jax.jit(lambda lanes, queue, parked, calls: drain(
-        algorithm, evaluate_fn, lanes, queue, parked, capacity=20, max_iterations=calls))
+    compiled = jax.jit(lambda lanes, queue, parked, calls, capacity: drain(
+        algorithm, evaluate_fn, lanes, queue, parked, capacity=capacity, max_iterations=calls), static_argnums=4)
     num_lanes, num_queue, num_parked = 3, 6, 4
     seen = set()
 
@@ -274,18 +278,19 @@ def test_the_schedule_equals_a_plain_one():
         occupied = random.random(num_lanes) < (0.7 if seed % 4 else 0.0)
         (first, last), (begin, end) = (np.sort(random.integers(0, n + 1, 2)) for n in (num_queue, num_parked))
         first, begin = (last, begin) if seed % 8 == 0 else (first, end if seed % 8 == 4 else begin)
-        calls = int(random.choice([1, 3, 100]))
+        calls, capacity = int(random.choice([1, 3, 100])), int(random.choice([num_lanes, 6, 20]))
         lanes = LanesState((samples(ids[:3], lengths[:3]), done_before[:3]),
                            np.where(occupied, ids[:3], -1).astype(np.int32))
         parked = LanesState((samples(ids[9:], lengths[9:]), done_before[9:]), np.int32(ids[9:]))
         got, queue, rest, finished, made = jax.device_get(compiled(
             lanes, Queue(samples(ids[3:9], lengths[3:9]), np.int32([first]), np.int32([last])),
-            Parked(parked, np.int32([begin]), np.int32([end])), np.int32(calls)))
+            Parked(parked, np.int32([begin]), np.int32([end])), np.int32(calls), capacity))
         # The same with lists.
         at_work = [[i, done_before[i]] if occupied[i] else None for i in range(num_lanes)]
         waiting = [[3 + i, 0] for i in range(first, last)] + [[9 + i, done_before[9 + i]] for i in range(begin, end)]
         stored, number = [], 0
-        while number < calls and (waiting or any(at_work)):
+        while (number < calls and (waiting or any(at_work))
+               and len(stored) + sum(map(bool, at_work)) <= capacity):
             number += 1
             for lane, image in enumerate(at_work):
                 if image and image[1] + 1 == lengths[image[0]]:
@@ -303,6 +308,20 @@ def test_the_schedule_equals_a_plain_one():
         assert (int(queue.begin[0]), int(rest.begin[0])) == (last - fresh, end - (len(waiting) - fresh))
         seen.add((fresh > 0, len(waiting) > fresh, any(at_work)))
     assert len(seen) >= 4
+
+
+def test_no_outcome_is_lost_where_a_narrow_tail_finishes_many_parked_images():
+    """Images that all need one call more, when many lanes narrow to eight: more are done than a stretch has room for."""
+    params, apply_fn, x, y = toy()
+    x, y = (jnp.repeat(a, 200, axis=0) for a in (x[:1], y[:1]))
+    y = y.at[::8].set((y[0] + 1) % 3)  # adversarial at once, so that the others narrow
+    steps = runner._calls("cpu", x.shape[1:], 200)
+    with jax.default_device(jax.devices()[0]):
+        result = gse_jax.attack(
+            params, apply_fn, x, y, method="pgd", bounds=(-1.0, 1.0), lanes=200,
+            settings=PGDSettings(max_steps=steps, random_start=False), hyperparams=PGDHyperparams(1e-6, 1e-7))
+    np.testing.assert_array_equal(result.gradient_evals, np.where(np.arange(200) % 8, steps + 1, 1))
+    np.testing.assert_allclose(result.adversarials, x, atol=1e-5)
 
 
 def test_a_lane_that_asks_for_no_gradient_gets_none_whatever_its_neighbours_ask_for():
