@@ -29,8 +29,7 @@ CPU_WIDTH_FOR_FEW = 4  # keeps the lanes of fewer images full for longer
 _STEP = 4  # each narrower width is a compilation
 # Of an accelerator's lanes; below, a narrower call with images parked costs less.
 FULL_ENOUGH = 0.95
-# Model calls, after which images that have more ahead take the lanes. To move them costs a CPU four calls of one lane.
-_CALLS_OF_A_TURN = {"cpu": 128}
+_CALLS_OF_A_TURN, _CALLS_OF_A_TURN_ELSEWHERE = 128, 32  # on a CPU at least, and on an accelerator
 FULL_AT_FIRST = 0.85  # of lanes that all images begin in together, where a narrower one takes turns
 
 
@@ -39,21 +38,27 @@ def parked_places(width: int) -> int:
     return max(CPU_WIDTH, (_STEP - 1) * width)
 
 
-def next_places(unfinished: int, width: int, narrow: int, num_places: int, num_devices: int) -> int:
+def next_places(width: int, narrow: int, num_places: int, platform: str) -> int:
     """Return how many parking places per device there are from now on.
 
     Args:
-        unfinished: images left.
         width: lanes per device up to now.
-        narrow: from now on.
+        narrow: from now on; `tail_width` narrows when fewer images than `width` are left for each device.
         num_places: places up to now.
-        num_devices: D.
+        platform: "cpu", "gpu" or "tpu".
 
     Returns:
-        Those of the new width, if all images fit then; else as many as before.
+        Enough for all images that find no lane, and few, because a CPU moves them all.
     """
-    fewer = parked_places(narrow)
-    return num_places if narrow == width or unfinished > num_devices * (narrow + fewer) else fewer
+    if narrow == width:
+        return num_places
+    return max(parked_places(narrow), width) if platform == "cpu" else parked_places(narrow)
+
+
+def _calls_of_a_turn(num_places: int, platform: str) -> int:
+    """Return after how many model calls images that have more ahead take the lanes."""
+    # A CPU moves 24 places in the time of four calls of one lane, 1,024 in that of thirty calls of eight.
+    return max(_CALLS_OF_A_TURN, num_places // 2) if platform == "cpu" else _CALLS_OF_A_TURN_ELSEWHERE
 
 
 def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
@@ -210,12 +215,12 @@ class Tail:
         progress = np.concatenate([progress, self._progress.ravel()])
         # An image in a queue has more ahead than any other.
         room = narrow - np.minimum(waiting, narrow) if self._ordered else np.full(self._devices, narrow)
-        num_places = next_places(int(load.sum()), width, narrow, self._places, self._devices)
+        num_places = next_places(width, narrow, self._places, self._platform)
         places = place(occupied, parked, progress, room, narrow, num_places)
         # On an accelerator in turns only until all have begun: after that it gains nothing there. On CPU only
         # after that: before, it gains 2 % and whoever watches sees no image done for half of the time.
         in_turns = not waiting.any() if self._platform == "cpu" else self._sweeps or waiting.any()
-        turn = in_turns and self._calls >= _CALLS_OF_A_TURN.get(self._platform, 32) and places.swaps > 0
+        turn = in_turns and self._calls >= _calls_of_a_turn(len(count), self._platform) and places.swaps > 0
         # The states of an accelerator's lanes are megabytes: not for a few of them.
         least = 1 if self._platform == "cpu" else max(1, width // 8)
         uneven = load.min() < width and load.max() - load.min() > least

@@ -176,7 +176,7 @@ def test_parked_images_take_turns_on_a_cpu(monkeypatch):
     monkeypatch.setattr(runner, "_CALLS", 4)
     swaps = {}
     for calls in (4, 10**9):
-        monkeypatch.setitem(packing._CALLS_OF_A_TURN, "cpu", calls)
+        monkeypatch.setattr(packing, "_CALLS_OF_A_TURN", calls)
         moves.clear()
         ATTACK(params, apply_fn, jnp.tile(x, (4, 1, 1, 1)), jnp.tile(y, 4))
         swaps[calls] = sum(moves)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gse_jax.attacks import packing
 from gse_jax.attacks.algorithm import NO_SAMPLE
 from gse_jax.attacks.lanes import LanesState
 from gse_jax.attacks.packing import next_places, pack, parked_places, place, tail_width
@@ -31,9 +32,14 @@ def test_widths_on_accelerators(unfinished, width, num_devices, expected):
     assert tail_width(unfinished, width, num_devices, "gpu", narrowest=64) == expected
 
 
-@pytest.mark.parametrize("unfinished,narrow,expected", [(64, 8, 24), (65, 8, 240), (3, 80, 240), (18, 1, 8), (19, 1, 240)])
-def test_parking_places_suffice_for_all_that_has_no_lane(unfinished, narrow, expected):
-    assert next_places(unfinished, 80, narrow, parked_places(80), 2) == expected
+@pytest.mark.parametrize("width,narrow,expected", [(80, 80, 240), (80, 8, 80), (16, 8, 24), (8, 2, 8), (4, 1, 8)])
+def test_a_cpu_parks_no_more_than_it_must(width, narrow, expected):
+    assert next_places(width, narrow, parked_places(width), "cpu") == expected
+
+
+@pytest.mark.parametrize("places,platform,expected", [(24, "cpu", 128), (1024, "cpu", 512), (3072, "gpu", 32)])
+def test_a_cpu_moves_many_parked_images_less_often(places, platform, expected):
+    assert packing._calls_of_a_turn(places, platform) == expected
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -55,7 +61,7 @@ def test_nothing_is_lost_until_all_are_done(platform, xp):
             waits = (count >= begin[:, None]) & (count < end[:, None])
             progress = random.random(devices * (width + spots))
             occupied = (np.asarray(lanes.sample_id) != NO_SAMPLE).reshape(devices, width)
-            spots = next_places(unfinished, width, narrow, spots, devices)
+            spots = next_places(width, narrow, spots, platform)
             places = place(occupied, waits, progress, np.full(devices, narrow), narrow, spots)
             width = narrow
             packed = pack(xp, lanes, parked, places[:2]) if xp is np else on_device(lanes, parked, places[:2])
