@@ -15,13 +15,14 @@ import pytest
 import gse_jax
 from gse_jax import Status, devices
 from gse_jax.attacks import METHODS, api, attack_stream, packing, runner
-from gse_jax.attacks.algorithm import Algorithm, Sample
+from gse_jax.attacks.algorithm import Algorithm, Outcome, Sample
 from gse_jax.attacks.baselines.projected_gradient_descent import PGDHyperparams, PGDSettings
 from gse_jax.attacks.baselines.structured_attack import StrAttackSettings
 from gse_jax.attacks.gse import GSE, GSESettings
 from gse_jax.attacks.gse.algorithm import _judged
 from gse_jax.attacks.lanes import LanesState, Parked, Queue, drain, evaluate, first_lanes, idle_lanes
 from gse_jax.attacks.loops import checkpointed_scan, python_loop, while_loop
+from gse_jax.attacks.program import Program
 from tests.toy_model import failing_at, golden, linear_logits, toy
 
 # Short runs; images still end after different numbers of evaluations.
@@ -322,6 +323,49 @@ def test_no_outcome_is_lost_where_a_narrow_tail_finishes_many_parked_images():
             settings=PGDSettings(max_steps=steps, random_start=False), hyperparams=PGDHyperparams(1e-6, 1e-7))
     np.testing.assert_array_equal(result.gradient_evals, np.where(np.arange(200) % 8, steps + 1, 1))
     np.testing.assert_allclose(result.adversarials, x, atol=1e-5)
+
+
+def counting(settings, hyperparams, *, targeted, bounds, key):
+    """An attack that needs as many calls as the label says, and tells how many it made."""
+    def finish(state):
+        empty = jnp.zeros((), jnp.int32)
+        return Outcome(**dict.fromkeys(Outcome._fields, empty) | {"gradient_evals": state[1]})
+
+    return Algorithm(
+        init=lambda sample: (sample, jnp.int32(0)), query=lambda state: state[0].x,
+        loss=lambda state, logits: logits.sum(), step=lambda state, evaluation: (state[0], state[1] + 1),
+        done=lambda state: state[1] >= state[0].y, finish=finish, gradient_free=True,
+        progress=(lambda state: state[1] / 100.0) if settings else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_every_image_comes_back_once_after_its_own_calls(monkeypatch, platform, num_devices):
+    """Any number of images, batches and lanes, short and long images: through queues, narrow lanes and parking."""
+    monkeypatch.setattr(runner, "_platform", lambda devices: platform)
+    monkeypatch.setattr(runner, "local_devices", lambda: jax.devices()[:num_devices])
+    if platform == "gpu":
+        monkeypatch.setattr(runner, "default_lanes_per_device", lambda *_: 16)
+    random = np.random.default_rng(num_devices)
+    for number in range(24):
+        count = int(random.integers(1, 700))
+        lengths = [random.geometric(0.03, count), np.where(random.random(count) < 0.1, 1, 33),
+                   np.where(random.random(count) < 0.1, 1, 3 + 4 * random.integers(0, 9, count)),
+                   np.where(random.random(count) < 0.03, 300, random.integers(1, 20, count))][number % 4]
+        lanes = [None, count, int(random.integers(1, count + 1))][number % 3]
+        ids = np.arange(count, dtype=np.int32)
+        samples = Sample(np.zeros((count, 1, 1, 1), np.float32), lengths.astype(np.int32), -np.ones_like(ids), ids)
+        cut = [0, *np.sort(random.integers(0, count + 1, 2)).tolist(), count]
+        batches = [jax.tree.map(lambda a: a[i:j], samples) for i, j in zip(cut[:-1], cut[1:]) if i < j]
+        program = Program(linear_logits, counting, number % 5 > 0, False, (0.0, 1.0), False)
+        params = np.ones((1, 2), np.float32), np.zeros(2, np.float32)
+        stretches = list(runner.stream(program, params, (), runner.as_key(0), batches, image_shape=(1, 1, 1),
+                                       lanes=lanes, num_images=count if number % 2 else None))
+        back = np.concatenate([stretch.sample_ids for stretch in stretches])
+        calls = np.concatenate([stretch.outcome.gradient_evals for stretch in stretches])
+        assert sorted(back.tolist()) == ids.tolist(), (number, count, lanes)
+        np.testing.assert_array_equal(calls, lengths[back])
 
 
 def test_a_lane_that_asks_for_no_gradient_gets_none_whatever_its_neighbours_ask_for():
