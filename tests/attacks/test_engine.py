@@ -311,6 +311,7 @@ def test_the_schedule_equals_a_plain_one():
     assert len(seen) >= 4
 
 
+@pytest.mark.slow
 def test_no_outcome_is_lost_where_a_narrow_tail_finishes_many_parked_images():
     """Images that all need one call more, when many lanes narrow to eight: more are done than a stretch has room for."""
     params, apply_fn, x, y = toy()
