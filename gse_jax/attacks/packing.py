@@ -81,7 +81,8 @@ def tail_width(unfinished: int, width: int, num_devices: int, platform: str,
         if share >= width or width < CPU_WIDTH_FOR_FEW:  # whoever asked for so few lanes compiles one program
             return width
         return CPU_WIDTH if share >= CPU_WIDTH else min(width, CPU_WIDTH) // _STEP
-    while share <= full * width and width // _STEP >= narrowest:
+    # Of a width that four does not divide the rest counts as none: lanes and places would not hold all images.
+    while share <= full * (width - width % _STEP) and width // _STEP >= narrowest:
         width //= _STEP
     return width
 

@@ -37,6 +37,14 @@ def test_a_cpu_parks_no_more_than_it_must(width, narrow, expected):
     assert next_places(width, narrow, parked_places(width), "cpu") == expected
 
 
+@pytest.mark.parametrize("platform,narrowest", [("cpu", 1), ("gpu", 1), ("gpu", 8)])
+def test_whatever_finds_no_lane_has_a_place(platform, narrowest):
+    for width in range(1, 200):
+        for share in range(1, width + 1):
+            narrow = tail_width(3 * share, width, 3, platform, narrowest)
+            assert narrow + next_places(width, narrow, parked_places(width), platform) >= share, (width, share)
+
+
 @pytest.mark.parametrize("places,platform,expected", [(24, "cpu", 128), (1024, "cpu", 512), (3072, "gpu", 32)])
 def test_a_cpu_moves_many_parked_images_less_often(places, platform, expected):
     assert packing._calls_of_a_turn(places, platform) == expected
